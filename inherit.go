@@ -1,0 +1,238 @@
+package lblisten
+
+// What becomes of a socket and its queue when a member closes while siblings
+// live: it is shared from then on. A watch waits until a connection is there,
+// and tells a member that waits in Accept to come and take it. It never
+// accepts by itself: what waits, waits in the kernel. The same watch serves the
+// second socket of a dual-stack member where the kernel needs two.
+//
+// How nothing is overlooked. Every side first says what it has, then looks at
+// what the others said:
+//
+//   - An Accept counts itself in, then looks at the watched sockets, then blocks
+//     on its own socket. A watch marks its socket ready, then looks for a member
+//     with an Accept counted in, and kicks it (Listener.kick). One of the two
+//     sees the other.
+//   - A kick is a mark in the word that counts the Accepts. Whichever Accept of
+//     the member counts itself out while the mark is set, takes the mark away
+//     and has the ready sockets look for a member again (Listener.leave): so a
+//     member that closes, times out or returns with a connection of its own in
+//     the instant in which it is kicked passes the kick on.
+//   - Who takes from a socket holds its token, and before giving that back looks
+//     whether more is waiting: if so he kicks the next member, else he sends the
+//     watch back to waiting.
+
+import (
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+var (
+	// retryAfter is when a socket whose Accept failed for now (EMFILE) is offered
+	// to a waiting member again, if no Accept has come back to it by itself.
+	retryAfter = 250 * time.Millisecond
+
+	// takeTimeout ends an accept on a socket on which a connection was waiting a
+	// moment ago: it can be gone only where it was reset by its client, on
+	// kernels that then take it out of the queue.
+	takeTimeout = time.Millisecond
+
+	// pollEvery is how often a watch looks at its socket when there is no
+	// descriptor to be had for waiting.
+	pollEvery = 10 * time.Millisecond
+)
+
+// A watch is a socket that no Accept blocks on.
+type watch struct {
+	s     *socket
+	g     *group
+	owner *Listener // who alone takes from it; nil: any member, the socket is shared
+
+	ready atomic.Bool   // a connection waits; counted in g.ready
+	token sync.Mutex    // held by who takes, only ever tried by members; for ever once stopped
+	rearm chan struct{} // the socket was found empty
+	quit  chan struct{} // closed by stop
+	ended chan struct{} // closed when run has returned
+
+	mu   sync.Mutex
+	file *os.File // a duplicate of the socket, to wait on; guarded by mu
+}
+
+// watch makes a watch, whose run the caller starts.
+func (g *group) watch(s *socket, owner *Listener) *watch {
+	return &watch{s: s, g: g, owner: owner,
+		rearm: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{})}
+}
+
+// share makes sockets shared ones. It is called under g.mu.
+func (g *group) share(socks []*socket) {
+	shared := append([]*watch(nil), *g.shared.Load()...)
+	for _, s := range socks {
+		w := g.watch(s, nil)
+		shared = append(shared, w)
+		go w.run()
+	}
+	g.shared.Store(&shared)
+}
+
+// adopt takes a shared socket out of the group for a new member; nil if there
+// is none.
+func (g *group) adopt(network string) *socket {
+	g.mu.Lock()
+	var found *watch
+	var rest []*watch
+	for _, w := range *g.shared.Load() {
+		if found == nil && w.s.net == network {
+			found = w
+		} else {
+			rest = append(rest, w)
+		}
+	}
+	g.shared.Store(&rest)
+	g.mu.Unlock()
+	if found == nil {
+		return nil
+	}
+	found.stop()
+	found.s.ln.SetDeadline(time.Time{}) // that of the last take
+	return found.s
+}
+
+// run offers the socket whenever connections wait in it, until stop.
+func (w *watch) run() {
+	defer close(w.ended)
+	for w.wait() {
+		w.g.ready.Add(1)
+		w.ready.Store(true)
+		w.offer()
+		if !w.reoffer() {
+			return
+		}
+	}
+}
+
+// reoffer returns true when the socket has been found empty.
+func (w *watch) reoffer() bool {
+	retry := time.NewTicker(retryAfter)
+	defer retry.Stop()
+	for {
+		select {
+		case <-w.rearm:
+			return true
+		case <-retry.C:
+			w.offer()
+		case <-w.quit:
+			return false
+		}
+	}
+}
+
+// wait returns true when a connection waits in the socket, false after stop.
+func (w *watch) wait() bool {
+	for {
+		if conn := w.waitable(); conn != nil && conn.Read(readable) == nil {
+			return true
+		}
+		// Stopped, or no descriptor is left to wait on.
+		if w.readable() {
+			return true
+		}
+		select {
+		case <-w.quit:
+			return false
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// waitable returns a duplicate of the socket that can wait for connections,
+// which a net.TCPListener can't without accepting one; nil without descriptors.
+func (w *watch) waitable() syscall.RawConn {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	select {
+	case <-w.quit:
+		return nil
+	default:
+	}
+	if w.file == nil {
+		w.file, _ = w.s.ln.File()
+	}
+	if w.file == nil {
+		return nil
+	}
+	conn, _ := w.file.SyscallConn()
+	return conn
+}
+
+// readable tells whether a connection waits in the socket now.
+func (w *watch) readable() bool {
+	r := false
+	w.s.conn.Control(func(fd uintptr) { r = readable(fd) })
+	return r
+}
+
+// offer kicks a member that waits in Accept, if there is one, so that it takes
+// from the socket. If there is none, the next Accept looks by itself.
+func (w *watch) offer() {
+	if w.owner != nil {
+		w.owner.kick()
+		return
+	}
+	members := *w.g.members.Load()
+	turn := int(w.g.turn.Add(1) % maxMembers)
+	for i := range members {
+		if members[(turn+i)%len(members)].kick() {
+			return
+		}
+	}
+}
+
+// take accepts a connection from the socket, if one waits and nobody else is
+// taking: nil and no error if not.
+func (w *watch) take() (*net.TCPConn, error) {
+	if !w.ready.Load() || !w.token.TryLock() {
+		return nil, nil
+	}
+	if !w.ready.Load() {
+		w.token.Unlock()
+		return nil, nil
+	}
+	w.s.ln.SetDeadline(time.Now().Add(takeTimeout))
+	c, err := w.s.ln.AcceptTCP()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = nil
+	}
+	more := w.readable()
+	if !more && w.ready.CompareAndSwap(true, false) {
+		w.g.ready.Add(-1)
+		w.rearm <- struct{}{}
+	}
+	w.token.Unlock()
+	if more && err == nil {
+		w.offer()
+	}
+	return c, err
+}
+
+// stop ends the watch. When it returns nobody takes from the socket any more,
+// now or later.
+func (w *watch) stop() {
+	w.mu.Lock()
+	close(w.quit)
+	file := w.file
+	w.mu.Unlock()
+	if file != nil {
+		file.Close()
+	}
+	<-w.ended
+	w.token.Lock()
+	if w.ready.CompareAndSwap(true, false) {
+		w.g.ready.Add(-1)
+	}
+}

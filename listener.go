@@ -1,0 +1,380 @@
+package lblisten
+
+// Listener: a member of a group, as its user sees it. It knows how to accept
+// from a socket of its own; what is shared it takes by way of inherit.go, and
+// the dispatcher's members accept in group.go.
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/cpu"
+)
+
+var (
+	_ net.Listener = (*Listener)(nil)
+	_ syscall.Conn = (*Listener)(nil)
+)
+
+// A Listener is a member of a group. It is safe for use from many goroutines,
+// and several may Accept at the same time.
+type Listener struct {
+	_ cpu.CacheLinePad
+	// state has the number of Accepts in progress in its low 32 bits, then two
+	// marks, and in the rest the number of times that Accepts were woken.
+	state     atomic.Uint64
+	accepted  atomic.Uint64
+	inherited atomic.Uint64
+	_         cpu.CacheLinePad
+
+	g     *group
+	id    uint64 // for rendezvous hashing
+	log   *slog.Logger
+	ln    *net.TCPListener // of socks[0]; nil if the dispatcher balances
+	socks []*socket        // its own
+	side  *watch           // of socks[1], where a dual-stack member has two
+	left  bool             // it is no member any more; guarded by g.mu
+
+	idle     chan struct{} // closed when the member is closed and no Accept is in progress
+	idleOnce sync.Once
+	ownTurn  atomic.Bool // the last connection was a shared one
+
+	mu       sync.Mutex
+	deadline time.Time   // the user's; guarded by mu
+	timer    *time.Timer // of deadline, for the dispatcher; guarded by mu
+	waiters  []*waiter   // Accepts that wait for the dispatcher; guarded by mu
+	held     []*heldConn // connections that wait for this member; guarded by mu
+	since    atomic.Uint64
+}
+
+const (
+	countMask  = 1<<32 - 1
+	closedMark = 1 << 32
+	kickedMark = 1 << 33
+	wakeUnit   = 1 << 34
+)
+
+// longAgo is a deadline that ends a blocked Accept at once.
+var longAgo = time.Unix(1, 0)
+
+// Accept waits for the next connection and returns it. For the TCP networks it
+// is a bare *net.TCPConn, for unix networks a *net.UnixConn, as from package
+// net, with the same options set, and the errors are net's too: EMFILE and the
+// like reach one caller unchanged. After Close it returns a *net.OpError around
+// [net.ErrClosed], after the deadline one around [os.ErrDeadlineExceeded]. It
+// may return a connection after Close has begun, as net's may.
+func (l *Listener) Accept() (net.Conn, error) {
+	if l.ln == nil {
+		return l.acceptDispatched()
+	}
+	c, err := l.acceptOwn()
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// AcceptTCP is Accept for listeners of TCP. Of any other it returns
+// [ErrUnsupported] and accepts nothing.
+func (l *Listener) AcceptTCP() (*net.TCPConn, error) {
+	if l.ln != nil {
+		return l.acceptOwn()
+	}
+	if !l.g.d.isTCP {
+		return nil, l.opError("accept", ErrUnsupported)
+	}
+	c, err := l.acceptDispatched()
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// acceptOwn accepts from the member's own socket, or takes from a shared one.
+func (l *Listener) acceptOwn() (*net.TCPConn, error) {
+	for {
+		state := l.state.Add(1)
+		if state&closedMark != 0 {
+			l.leave()
+			return nil, l.opError("accept", net.ErrClosed)
+		}
+		if l.g.ready.Load() != 0 {
+			if c, err := l.takeShared(state&countMask == 1); c != nil || err != nil {
+				l.leave()
+				return c, err
+			}
+		}
+		c, err := l.ln.AcceptTCP()
+		l.leave()
+		if err == nil {
+			l.accepted.Add(1)
+			return c, nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, err
+		}
+		// The user's deadline has passed, or a wake-up looked like it.
+		l.mu.Lock()
+		now := l.state.Load()
+		expired := l.expired()
+		l.mu.Unlock()
+		if now&closedMark != 0 {
+			return nil, l.opError("accept", net.ErrClosed)
+		}
+		if expired || now/wakeUnit == state/wakeUnit {
+			return nil, err
+		}
+	}
+}
+
+// leave counts an Accept out. It is all there is to it on the fast path.
+func (l *Listener) leave() {
+	if state := l.state.Add(^uint64(0)); state&(kickedMark|closedMark) != 0 {
+		l.leaveMarked(state)
+	}
+}
+
+// leaveMarked is leave for a member that was kicked, closed, or both.
+func (l *Listener) leaveMarked(state uint64) {
+	if state&closedMark != 0 && state&countMask == 0 {
+		l.idleOnce.Do(func() { close(l.idle) })
+	}
+	l.mu.Lock()
+	kicked := l.state.Load()&kickedMark != 0
+	if kicked {
+		l.state.Add(^uint64(kickedMark - 1))
+		if l.state.Load()&closedMark == 0 {
+			l.ln.SetDeadline(l.deadline)
+		}
+	}
+	l.mu.Unlock()
+	if kicked && l.g.ready.Load() != 0 {
+		// The kick may have been in vain, and other sockets may be ready.
+		if l.side != nil && l.side.ready.Load() {
+			l.side.offer()
+		}
+		for _, w := range *l.g.shared.Load() {
+			if w.ready.Load() {
+				w.offer()
+			}
+		}
+	}
+}
+
+// kick wakes an Accept of the member, so that it looks at the watched sockets,
+// or finds one on its way already. It returns false if no Accept waits.
+func (l *Listener) kick() bool {
+	if l.state.Load()&countMask == 0 {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if state := l.state.Load(); state&(closedMark|kickedMark) != 0 {
+		return state&closedMark == 0
+	}
+	if state := l.state.Add(kickedMark + wakeUnit); state&countMask == 0 {
+		l.state.Add(^uint64(kickedMark - 1)) // the last one has just left
+		return false
+	}
+	l.ln.SetDeadline(longAgo)
+	return true
+}
+
+// takeShared accepts from a watched socket that is ready: nil and no error if
+// there is none, or if it is the turn of the member's own socket. That has a
+// turn only when this Accept is alone: no other can take away then what is seen
+// in the queue, and leave this one waiting there.
+func (l *Listener) takeShared(alone bool) (*net.TCPConn, error) {
+	l.mu.Lock()
+	expired := l.expired()
+	l.mu.Unlock()
+	if expired || alone && l.ownTurn.Swap(false) && l.ownReadable() {
+		return nil, nil // its own socket has the answer
+	}
+	shared := *l.g.shared.Load()
+	n := len(shared)
+	if l.side != nil {
+		n++
+	}
+	turn := int(l.g.turn.Add(1) % maxMembers)
+	for i := range n {
+		w := l.side
+		if j := (turn + i) % n; j < len(shared) {
+			w = shared[j]
+		}
+		c, err := w.take()
+		if c == nil && err == nil {
+			continue
+		}
+		l.ownTurn.Store(true)
+		if c != nil {
+			l.accepted.Add(1)
+			if w.owner == nil {
+				l.inherited.Add(1)
+			}
+		}
+		return c, err
+	}
+	return nil, nil
+}
+
+func (l *Listener) ownReadable() bool {
+	r := false
+	l.socks[0].conn.Control(func(fd uintptr) { r = readable(fd) })
+	return r
+}
+
+// expired tells whether the user's deadline has passed. It is called under l.mu.
+func (l *Listener) expired() bool {
+	return !l.deadline.IsZero() && !time.Now().Before(l.deadline)
+}
+
+// Close ends the member. Blocked and later Accepts return an error around
+// [net.ErrClosed]. What waits in the member's queue, and what will still arrive
+// there, goes to its siblings: they have it when Close returns. When the member
+// is the last of its group in this process, its sockets are closed, and what
+// waits is reset, or inherited by another process (see Info.OnClose).
+//
+// Close doesn't wait for peers. A second Close changes nothing and returns what
+// net's second Close does.
+func (l *Listener) Close() error { return l.g.close([]*Listener{l}) }
+
+// beginClose marks the member as closed and wakes its Accepts. It returns false
+// if the member was closed already.
+func (l *Listener) beginClose() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state.Load()&closedMark != 0 {
+		return false
+	}
+	state := l.state.Add(closedMark + wakeUnit)
+	if state&countMask == 0 {
+		l.idleOnce.Do(func() { close(l.idle) })
+	}
+	if l.ln != nil {
+		l.ln.SetDeadline(longAgo)
+	} else {
+		l.setTimer(time.Time{})
+		l.wakeAll(l.opError("accept", net.ErrClosed))
+	}
+	return true
+}
+
+// awaitIdle waits until no Accept of a closed member is in progress. That takes
+// no time, but a listener behind Dispatch may not keep what SetDeadline
+// promises, and Close must return.
+func (l *Listener) awaitIdle() {
+	select {
+	case <-l.idle:
+	case <-time.After(time.Second):
+	}
+	if l.side != nil {
+		l.side.stop()
+	}
+}
+
+// Addr returns the listener's address, which all members of the group share.
+func (l *Listener) Addr() net.Addr { return l.g.addr }
+
+// SetDeadline sets the time at which Accept fails with an error around
+// [os.ErrDeadlineExceeded], also if a connection is waiting then, as net's do.
+// The zero time means no deadline. It is this member's alone.
+func (l *Listener) SetDeadline(t time.Time) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	state := l.state.Load()
+	if state&closedMark != 0 {
+		return l.opError("set", net.ErrClosed)
+	}
+	l.deadline = t
+	switch {
+	case l.ln == nil:
+		l.setTimer(t)
+	case state&kickedMark == 0:
+		return l.ln.SetDeadline(t)
+	}
+	return nil // of a kicked member, leaveMarked sets it
+}
+
+// SyscallConn returns the member's socket, or the one that it shares with its
+// siblings if the dispatcher balances. It is [ErrUnsupported] for a member
+// with two sockets (on FreeBSD, "tcp" on a wildcard address: use tcp4 and tcp6),
+// and for Dispatch of a listener that has no socket.
+func (l *Listener) SyscallConn() (syscall.RawConn, error) {
+	ln, err := l.socketHolder("raw-control")
+	if err != nil {
+		return nil, err
+	}
+	c, ok := ln.(syscall.Conn)
+	if !ok {
+		return nil, l.opError("raw-control", ErrUnsupported)
+	}
+	return c.SyscallConn()
+}
+
+// File returns a duplicate of the socket that SyscallConn returns, under the
+// same conditions. As long as it is open the socket stays in the kernel's
+// group, and gets its share of the connections, after Close too. Its Fd method
+// makes the socket a blocking one: use SyscallConn for the descriptor.
+func (l *Listener) File() (*os.File, error) {
+	ln, err := l.socketHolder("file")
+	if err != nil {
+		return nil, err
+	}
+	f, ok := ln.(interface{ File() (*os.File, error) })
+	if !ok {
+		return nil, l.opError("file", ErrUnsupported)
+	}
+	return f.File()
+}
+
+// socketHolder returns the listener of package net that has the member's socket.
+func (l *Listener) socketHolder(op string) (net.Listener, error) {
+	switch {
+	case l.state.Load()&closedMark != 0:
+		return nil, l.opError(op, net.ErrClosed)
+	case l.ln == nil:
+		return l.g.d.ln, nil
+	case len(l.socks) > 1:
+		return nil, l.opError(op, &hintedError{ErrUnsupported, "the member has an IPv4 and an IPv6 socket: use tcp4 and tcp6"})
+	}
+	return l.ln, nil
+}
+
+// Info returns what is in force. Of a closed listener it is the zero Info, with
+// net.ErrClosed as the Reason.
+func (l *Listener) Info() Info {
+	if l.state.Load()&closedMark != 0 {
+		return Info{Reason: net.ErrClosed}
+	}
+	return l.g.info()
+}
+
+// Stats returns the listener's counters. After Close, Accepted and Inherited
+// stay what they were, and nothing is queued.
+func (l *Listener) Stats() Stats {
+	s := Stats{Accepted: l.accepted.Load(), Inherited: l.inherited.Load()}
+	switch {
+	case l.state.Load()&closedMark != 0:
+	case l.ln == nil:
+		s.Queued, s.Backlog = queueLengths(l.g.d.conns())
+	default:
+		conns := make([]syscall.RawConn, len(l.socks))
+		for i, sock := range l.socks {
+			conns[i] = sock.conn
+		}
+		s.Queued, s.Backlog = queueLengths(conns)
+	}
+	return s
+}
+
+// opError has the form of net's errors for a listener.
+func (l *Listener) opError(op string, err error) error {
+	return &net.OpError{Op: op, Net: l.g.addr.Network(), Addr: l.g.addr, Err: err}
+}

@@ -1,0 +1,67 @@
+package lblisten
+
+// How a socket joins the kernel's group on FreeBSD, what the kernel does with
+// the queue of a socket that goes away, and how long that queue is.
+
+import (
+	"errors"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	kernelOption = "SO_REUSEPORT_LB"
+
+	// groupLimit is INPCBLBGROUP_SIZMAX (sys/netinet/in_pcb.c). The socket past
+	// it binds and listens without an error and never gets a connection.
+	groupLimit = 256
+
+	// splitDualStack: a dual-stack socket never joins a group, the last one
+	// bound gets everything. An IPv4 and an IPv6-only socket balance both.
+	splitDualStack = true
+)
+
+// plainReusePort sets what go-reuseport's Control sets less SO_REUSEPORT_LB,
+// which would make the socket a balanced one.
+var plainReusePort = func(network, address string, c syscall.RawConn) error {
+	return control(c, func(fd uintptr) error { return setBool(fd, "SO_REUSEPORT", unix.SO_REUSEPORT) })
+}
+
+// joinKernelGroup makes a socket that is not bound yet a member of the group of
+// the address it will be bound to. An error means that this kernel can't.
+// SO_REUSEPORT_LB is there from FreeBSD 12 and is what balances. SO_REUSEPORT
+// beside it keeps other users' processes out of a group on a wildcard address.
+// Both must be set before bind: later they report success and do nothing.
+func joinKernelGroup(fd uintptr) error {
+	if err := setBool(fd, "SO_REUSEPORT_LB", unix.SO_REUSEPORT_LB); err != nil {
+		return err
+	}
+	return setBool(fd, "SO_REUSEPORT", unix.SO_REUSEPORT)
+}
+
+func setBool(fd uintptr, name string, option int) error {
+	return os.NewSyscallError("setsockopt "+name, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, 1))
+}
+
+// kernelInherits tells whether the kernel gives the queue of a socket that is
+// closed to the rest of its group, and if not, why.
+func kernelInherits() (bool, error) {
+	return false, errors.New("FreeBSD's kernel resets the queue of a process that dies")
+}
+
+// queueLength returns the number of connections that wait in a listening
+// socket, and the limit in force.
+func queueLength(fd uintptr) (queued, backlog int) {
+	const soListenQLimit = 0x1011 // SO_LISTENQLIMIT in sys/socket.h; x/sys has it as well
+	queued, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_LISTENQLEN)
+	if err != nil {
+		return -1, -1
+	}
+	backlog, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, soListenQLimit)
+	if err != nil {
+		return -1, -1
+	}
+	return queued, backlog
+}

@@ -1,0 +1,33 @@
+//go:build !linux && !freebsd && !dragonfly
+
+package lblisten
+
+// Systems whose kernel doesn't balance between sockets: the dispatcher does.
+
+import (
+	"errors"
+	"runtime"
+	"syscall"
+)
+
+const (
+	kernelOption   = "kernel"
+	groupLimit     = maxMembers
+	splitDualStack = false
+)
+
+// plainReusePort is nil: go-reuseport's Control is used where canReusePort.
+var plainReusePort func(network, address string, c syscall.RawConn) error
+
+// joinKernelGroup always fails: with SO_REUSEPORT one socket gets everything on
+// macOS, NetBSD and OpenBSD, other systems have no such option, or balance only
+// under settings that Go doesn't make (Solaris, AIX).
+func joinKernelGroup(fd uintptr) error {
+	return errors.New("the kernel of " + runtime.GOOS + " does not balance between listening sockets")
+}
+
+// kernelInherits is not asked, because nothing is balanced by the kernel.
+func kernelInherits() (bool, error) { return false, nil }
+
+// queueLength: the system doesn't tell.
+func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }
