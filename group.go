@@ -404,7 +404,7 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 	g.mu.Unlock()
 	for _, l := range members {
 		if l.side != nil {
-			go l.side.run()
+			go l.side.run(false)
 		}
 	}
 	if err != nil {
@@ -435,18 +435,15 @@ func (g *group) leave(members []*Listener, n int) error {
 	}
 	g.members.Store(&rest)
 	g.refs -= len(members) + n
-	g.dying = g.refs == 0
-	if !g.dying {
+	if g.refs > 0 {
 		g.share(socks)
-	}
-	shared := *g.shared.Load()
-	if g.dying {
-		g.shared.Store(new([]*watch))
-	}
-	g.mu.Unlock()
-	if !g.dying {
+		g.mu.Unlock()
 		return nil
 	}
+	g.dying = true
+	shared := *g.shared.Load()
+	g.shared.Store(new([]*watch))
+	g.mu.Unlock()
 
 	var err error
 	for _, w := range shared {
@@ -711,7 +708,7 @@ type dispatcher struct {
 	deadliner interface{ SetDeadline(time.Time) error } // ln, if its Accept can be woken
 	isTCP     bool                                      // it accepts *net.TCPConn
 
-	leading atomic.Bool   // somebody has the lead
+	leading atomic.Bool   // somebody has the lead, or it is being passed on
 	seq     atomic.Uint64 // orders waiters, for SteerLoad
 	holding atomic.Int32  // connections in all Listener.held
 	loose   atomic.Int32  // len(free)
@@ -877,9 +874,9 @@ func (l *Listener) line(w *waiter) (m message, inLine bool) {
 	return message{}, true
 }
 
-// unline takes waiter i out of the line. It is called under l.mu, by who then
-// sends the waiter a message.
-func (l *Listener) unline(i int) *waiter {
+// unline takes waiter i out of the line, and sends it m unless that is empty,
+// which is for a leader that unlines itself. It is called under l.mu.
+func (l *Listener) unline(i int, m message) {
 	w := l.waiters[i]
 	l.waiters = slices.Delete(l.waiters, i, i+1)
 	if len(l.waiters) == 0 {
@@ -887,7 +884,14 @@ func (l *Listener) unline(i int) *waiter {
 	} else {
 		l.since.Store(l.waiters[0].since)
 	}
-	return w
+	if m.c == nil && m.err == nil && !m.lead {
+		return
+	}
+	leads := w.leads // once it has the message, it may be another Accept's
+	w.message <- m
+	if leads {
+		l.g.d.wake()
+	}
 }
 
 // send gives m to a waiter of the member; to w itself, which is then true, if
@@ -899,27 +903,19 @@ func (l *Listener) send(m message, w *waiter) (sent, own bool) {
 		return false, false
 	}
 	if i := slices.Index(l.waiters, w); i >= 0 {
-		l.unline(i)
+		l.unline(i, message{})
 		return true, true
 	}
 	// The leader can do it too, but has to be woken.
 	i := max(0, slices.IndexFunc(l.waiters, func(w *waiter) bool { return !w.leads }))
-	to := l.unline(i)
-	to.message <- m
-	if to.leads {
-		l.g.d.wake()
-	}
+	l.unline(i, m)
 	return true, false
 }
 
 // wakeAll ends every waiting of the member with err. It is called under l.mu.
 func (l *Listener) wakeAll(err error) {
 	for len(l.waiters) > 0 {
-		w := l.unline(0)
-		w.message <- message{err: err}
-		if w.leads {
-			l.g.d.wake()
-		}
+		l.unline(0, message{err: err})
 	}
 }
 

@@ -75,7 +75,8 @@ func (g *group) share(socks []*socket) {
 	for _, s := range socks {
 		w := g.watch(s, nil)
 		shared = append(shared, w)
-		go w.run()
+		// What waits is to be had when the member's Close returns.
+		go w.run(w.readable() && w.mark())
 	}
 	g.shared.Store(&shared)
 }
@@ -103,21 +104,29 @@ func (g *group) adopt(network string) *socket {
 	return found.s
 }
 
-// run offers the socket whenever connections wait in it, until stop.
-func (w *watch) run() {
+// mark marks the socket as ready.
+func (w *watch) mark() bool {
+	w.g.ready.Add(1)
+	w.ready.Store(true)
+	return true
+}
+
+// run offers the socket whenever connections wait in it, until stop. It may be
+// marked as ready already.
+func (w *watch) run(marked bool) {
 	defer close(w.ended)
-	for w.wait() {
-		w.g.ready.Add(1)
-		w.ready.Store(true)
-		w.offer()
-		if !w.reoffer() {
+	for marked || w.wait() && w.mark() {
+		if !w.offerUntilEmpty() {
 			return
 		}
+		marked = false
 	}
 }
 
-// reoffer returns true when the socket has been found empty.
-func (w *watch) reoffer() bool {
+// offerUntilEmpty returns true when the socket has been found empty, false
+// after stop.
+func (w *watch) offerUntilEmpty() bool {
+	w.offer()
 	retry := time.NewTicker(retryAfter)
 	defer retry.Stop()
 	for {

@@ -50,8 +50,6 @@ import (
 	"net"
 	"strings"
 	"syscall"
-
-	"github.com/libp2p/go-reuseport"
 )
 
 var (
@@ -225,7 +223,8 @@ func WithRequireKernel() Option {
 // listeners can have one address, and what that means is the system's affair.
 // Balancing isn't promised. It returns a plain listener of package net, can be
 // used beside WithLB in the same program, and is an error together with it.
-// Windows, plan9 and wasm have no such option: [ErrUnsupported].
+// It is [ErrUnsupported] on Windows, where it would let others steal the port, on
+// Solaris and illumos, plan9 and wasm.
 func WithReusePort() Option {
 	return Option{"WithReusePort", func(c *config) { c.reusePort = true }}
 }
@@ -418,16 +417,6 @@ func listenPlain(ctx context.Context, network, address string, cfg *config) (net
 		}
 	}
 	return ln, nil
-}
-
-// reusePort sets plain SO_REUSEPORT. go-reuseport's Control does that, except
-// on FreeBSD, where it asks for load balancing as well. It is for TCP: Linux
-// refuses the option on a unix socket from 6.13 on, and it means nothing there.
-func reusePort(network, address string, c syscall.RawConn) error {
-	if plainReusePort != nil {
-		return plainReusePort(network, address, c)
-	}
-	return reuseport.Control(network, address, c)
 }
 
 // chainControl calls the user's Control first, so that ours has the last word.

@@ -127,7 +127,8 @@ func (l *Listener) acceptOwn() (*net.TCPConn, error) {
 		if now&closedMark != 0 {
 			return nil, l.opError("accept", net.ErrClosed)
 		}
-		if expired || now/wakeUnit == state/wakeUnit {
+		woken := state&kickedMark != 0 || now/wakeUnit != state/wakeUnit
+		if expired || !woken {
 			return nil, err
 		}
 	}
@@ -146,12 +147,14 @@ func (l *Listener) leaveMarked(state uint64) {
 		l.idleOnce.Do(func() { close(l.idle) })
 	}
 	l.mu.Lock()
-	kicked := l.state.Load()&kickedMark != 0
+	state = l.state.Load()
+	kicked := state&kickedMark != 0
 	if kicked {
-		l.state.Add(^uint64(kickedMark - 1))
-		if l.state.Load()&closedMark == 0 {
+		if state&closedMark == 0 {
 			l.ln.SetDeadline(l.deadline)
 		}
+		// After that: an Accept that sees no mark blames nobody else for a timeout.
+		l.state.Add(^uint64(kickedMark - 1))
 	}
 	l.mu.Unlock()
 	if kicked && l.g.ready.Load() != 0 {

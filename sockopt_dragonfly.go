@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -21,9 +20,6 @@ const (
 	// splitDualStack: DragonFly has no dual-stack sockets.
 	splitDualStack = false
 )
-
-// plainReusePort is nil: go-reuseport's Control sets SO_REUSEPORT and no more.
-var plainReusePort func(network, address string, c syscall.RawConn) error
 
 // joinKernelGroup makes a socket that is not bound yet a member of the group of
 // the address it will be bound to. An error means that this kernel can't:

@@ -23,9 +23,11 @@ const (
 	splitDualStack = true
 )
 
-// plainReusePort sets what go-reuseport's Control sets less SO_REUSEPORT_LB,
-// which would make the socket a balanced one.
-var plainReusePort = func(network, address string, c syscall.RawConn) error {
+const canReusePort = true
+
+// reusePort sets SO_REUSEPORT alone. go-reuseport's Control would set
+// SO_REUSEPORT_LB too, which makes the socket a balanced one.
+func reusePort(network, address string, c syscall.RawConn) error {
 	return control(c, func(fd uintptr) error { return setBool(fd, "SO_REUSEPORT", unix.SO_REUSEPORT) })
 }
 

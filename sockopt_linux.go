@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,9 +21,6 @@ const (
 	// splitDualStack: a dual-stack socket is a good member here.
 	splitDualStack = false
 )
-
-// plainReusePort is nil: go-reuseport's Control sets SO_REUSEPORT and no more.
-var plainReusePort func(network, address string, c syscall.RawConn) error
 
 // joinKernelGroup makes a socket that is not bound yet a member of the group of
 // the address it will be bound to. An error means that this kernel can't.

@@ -10,10 +10,7 @@ import (
 	"strings"
 )
 
-const (
-	canReusePort  = false
-	canSetBacklog = false
-)
+const canSetBacklog = false
 
 func setBacklog(ln net.Listener, n int) error { return ErrUnsupported }
 

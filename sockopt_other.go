@@ -7,7 +7,6 @@ package lblisten
 import (
 	"errors"
 	"runtime"
-	"syscall"
 )
 
 const (
@@ -15,9 +14,6 @@ const (
 	groupLimit     = maxMembers
 	splitDualStack = false
 )
-
-// plainReusePort is nil: go-reuseport's Control is used where canReusePort.
-var plainReusePort func(network, address string, c syscall.RawConn) error
 
 // joinKernelGroup always fails: with SO_REUSEPORT one socket gets everything on
 // macOS, NetBSD and OpenBSD, other systems have no such option, or balance only

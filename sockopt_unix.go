@@ -13,10 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	canReusePort  = true
-	canSetBacklog = true
-)
+const canSetBacklog = true
 
 // control runs f on the descriptor of a socket, and returns its error.
 func control(c syscall.RawConn, f func(fd uintptr) error) error {

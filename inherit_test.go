@@ -1,0 +1,412 @@
+package lblisten
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Five members, 25 clients in their queues, four members close: all 25 come out
+// at the fifth, with their data.
+func TestSiblingInheritsQueue(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		for _, e := range endpoints {
+			t.Run(e.name, func(t *testing.T) {
+				e.need(t)
+				g, ls := newTestGroup(t, 5, e.network, e.listen, m.opt)
+				addr, err := net.ResolveTCPAddr("tcp", e.of(g.Addr()))
+				require.NoError(t, err)
+				clients := queueUp(t, addr, 25)
+				for _, l := range ls[:4] {
+					require.NoError(t, l.Close())
+				}
+				if q := ls[4].g.waiting(); q >= 0 {
+					require.Equal(t, 25, q, "something was accepted that nobody asked for")
+				}
+				for range clients {
+					n := answer(t, acceptWithin(t, ls[4]))
+					wantAnswer(t, clients[n], n)
+				}
+				_, err = acceptBy(ls[4], 20*time.Millisecond)
+				require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+				s := ls[4].Stats()
+				require.EqualValues(t, 25, s.Accepted)
+				if m.name == "kernel" {
+					require.NotZero(t, s.Inherited)
+				}
+			})
+		}
+	})
+}
+
+// waiting is the number of connections in all queues of the group, -1 if the
+// system doesn't tell.
+func (g *group) waiting() int {
+	q, _ := queueLengths(g.conns())
+	return q
+}
+
+// A heir that is blocked in Accept already gets what a closing sibling leaves:
+// the connections that wait, and those that arrive in its socket later.
+func TestBlockedHeirIsWoken(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		_, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", m.opt)
+		heir, closing := ls[0], ls[1]
+		queued := 0
+		if m.name == "kernel" {
+			// Fill the queue of the one that closes, by letting the heir take all else.
+			for closing.inQueue() == 0 {
+				before := heir.g.ready.Load()
+				require.Zero(t, before)
+				c := dialTest(t, heir.Addr())
+				_, err := c.Write([]byte("0\n"))
+				require.NoError(t, err)
+				if heir.inQueue() > 0 {
+					acceptWithin(t, heir)
+				}
+				queued++
+			}
+		}
+		got := blocked(t, heir)
+		require.NoError(t, closing.Close())
+		if m.name == "dispatcher" {
+			dialTest(t, heir.Addr())
+		}
+		require.NoError(t, get(t, got).err)
+
+		// Later arrivals, of which about half go to the closed member's socket.
+		for range count(200, 20) {
+			got := blocked(t, heir)
+			c := dialTest(t, heir.Addr())
+			r := get(t, got)
+			require.NoError(t, r.err)
+			require.Equal(t, c.LocalAddr().String(), r.c.RemoteAddr().String())
+			r.c.Close()
+			c.Close()
+		}
+	})
+}
+
+// inQueue tells whether a connection waits in the member's own socket.
+func (l *Listener) inQueue() int {
+	if l.ownReadable() {
+		return 1
+	}
+	return 0
+}
+
+// All members but one close, in any order, one after the other or two at once;
+// what waited is served by who is left. The heir may close while it inherits.
+func TestCloseInAnyOrder(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		for round := range count(20, 3) {
+			g, ls := newTestGroup(t, 6, "tcp", "127.0.0.1:0", m.opt)
+			clients := queueUp(t, g.Addr(), 30)
+			rand.Shuffle(len(ls), func(i, j int) { ls[i], ls[j] = ls[j], ls[i] })
+			last := ls[5]
+			if round%2 == 0 {
+				for _, l := range ls[:5] {
+					require.NoError(t, l.Close())
+				}
+			} else {
+				var wg sync.WaitGroup
+				for _, l := range ls[:5] {
+					wg.Add(1)
+					go func() {
+						defer wg.Done()
+						if err := l.Close(); err != nil {
+							t.Error(err)
+						}
+					}()
+				}
+				wg.Wait()
+			}
+			for range clients {
+				n := answer(t, acceptWithin(t, last))
+				wantAnswer(t, clients[n], n)
+			}
+			require.NoError(t, last.Close())
+			for _, c := range clients {
+				c.Close()
+			}
+		}
+	})
+}
+
+// Members join and close 100 times under continuous dials, and every dial is
+// answered.
+func TestJoinAndLeaveUnderLoad(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		for _, e := range []endpoint{endpoints[0], endpoints[2]} {
+			t.Run(e.name, func(t *testing.T) {
+				e.need(t)
+				g, ls := newTestGroup(t, 2, e.network, e.listen, m.opt)
+				var wg sync.WaitGroup
+				var accepted atomic.Int64
+				wg.Add(2)
+				go echo(&wg, ls[0], &accepted)
+				go echo(&wg, ls[1], &accepted)
+				d := startLoad(8, "tcp", e.of(g.Addr()))
+				for range count(100, 10) {
+					l, err := Listen(e.network, g.Addr().String(), m.opt)
+					require.NoError(t, err)
+					wg.Add(1)
+					go echo(&wg, l, &accepted)
+					at := d.served.Load() + 20
+					require.Eventually(t, func() bool { return d.served.Load() > at || d.failed.Load() > 0 }, limit(10*time.Second), time.Millisecond)
+					require.NoError(t, l.Close())
+				}
+				d.end(t, true)
+				require.NoError(t, g.Close())
+				wg.Wait()
+				require.GreaterOrEqual(t, accepted.Load(), d.served.Load())
+			})
+		}
+	})
+}
+
+// However often members are replaced, a new one takes over the socket that a
+// closed one left: the number of sockets stays what it was.
+func TestNewMemberAdoptsSocket(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", WithRequireKernel())
+	clients := queueUp(t, g.Addr(), 40)
+	for i := range 50 {
+		require.NoError(t, ls[0].Close())
+		ls = append(ls[1:], joinTest(t, ls[1], WithRequireKernel()))
+		require.Equal(t, 4, ls[0].Info().Sockets, "after %d replacements", i+1)
+	}
+	// New before old: one socket more, and not one more each time.
+	for i := range 50 {
+		ls = append(ls, joinTest(t, ls[0], WithRequireKernel()))
+		require.NoError(t, ls[0].Close())
+		ls = ls[1:]
+		require.LessOrEqual(t, ls[0].Info().Sockets, 5, "after %d replacements", i+1)
+	}
+	// Everything waits still, and is served by whoever has it now.
+	var wg sync.WaitGroup
+	for _, l := range ls {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				answer(t, c)
+				c.Close()
+			}
+		}()
+	}
+	for i, c := range clients {
+		wantAnswer(t, c, i)
+	}
+	for _, l := range ls {
+		require.NoError(t, l.Close())
+	}
+	wg.Wait()
+}
+
+// When the last member closes, its queue is reset, later dials are refused, and
+// nothing is left.
+func TestLastCloseResets(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", m.opt)
+		clients := queueUp(t, g.Addr(), 12)
+		for _, l := range ls {
+			require.NoError(t, l.Close())
+		}
+		for _, c := range clients {
+			c.SetDeadline(time.Now().Add(limit(5 * time.Second)))
+			_, err := c.Read(make([]byte, 1))
+			require.Error(t, err)
+			require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+		}
+		_, err := net.Dial("tcp", g.Addr().String())
+		require.Error(t, err)
+		// The address is free for anybody.
+		ln, err := net.Listen("tcp", g.Addr().String())
+		require.NoError(t, err)
+		require.NoError(t, ln.Close())
+	})
+}
+
+// A member whose own queue and a shared one are both never empty serves both.
+func TestOwnAndSharedAreBothServed(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
+	// Both queues hold half of what one can at the least.
+	clients := queueUp(t, g.Addr(), 80)
+	require.NoError(t, ls[1].Close())
+	inherited := ls[0].Stats().Inherited
+	for range 20 {
+		acceptWithin(t, ls[0])
+	}
+	inherited = ls[0].Stats().Inherited - inherited
+	require.GreaterOrEqual(t, inherited, uint64(5), "the shared socket starves")
+	require.LessOrEqual(t, inherited, uint64(15), "the member's own socket starves")
+	for range len(clients) - 20 {
+		acceptWithin(t, ls[0])
+	}
+}
+
+// Members of one address join, accept, set deadlines and close from many
+// goroutines, while clients dial: each client is served, each Accept returns what
+// its contract says, and nobody is overlooked, although what would help in the
+// end (a second look after retryAfter) is switched off.
+func TestChurn(t *testing.T) {
+	defer func(d time.Duration) { retryAfter = d }(retryAfter)
+	retryAfter = time.Hour
+	inModes(t, func(t *testing.T, m mode) {
+		var wg sync.WaitGroup
+		var accepted atomic.Int64
+		g, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", m.opt)
+		wg.Add(1)
+		go echo(&wg, ls[0], &accepted)
+
+		var churn sync.WaitGroup
+		var closes atomic.Int64
+		d := startLoad(6, "tcp", g.Addr().String())
+		until := time.Now().Add(churnTime())
+		for range 4 {
+			churn.Add(1)
+			go func() {
+				defer churn.Done()
+				for time.Now().Before(until) {
+					if err := oneLife(g.Addr(), m.opt, &wg, &accepted); err != nil {
+						t.Error(err)
+						return
+					}
+					closes.Add(1)
+				}
+			}()
+		}
+		churn.Wait()
+		d.end(t, true)
+		require.NoError(t, g.Close())
+		wg.Wait()
+		t.Logf("%d members came and went", closes.Load())
+		require.GreaterOrEqual(t, accepted.Load(), d.served.Load())
+	})
+}
+
+// churnTime is how long TestChurn goes on: LBLISTEN_TEST_CHURN, default 1.5s.
+func churnTime() time.Duration {
+	if d, err := time.ParseDuration(os.Getenv("LBLISTEN_TEST_CHURN")); err == nil {
+		return d
+	}
+	return limit(1500 * time.Millisecond)
+}
+
+// oneLife is that of a member: it joins, two goroutines accept, it may have a
+// deadline for a moment, and it closes.
+func oneLife(addr net.Addr, opt Option, wg *sync.WaitGroup, accepted *atomic.Int64) error {
+	ln, err := Listen("tcp", addr.String(), opt)
+	if err != nil {
+		return err
+	}
+	l := ln.(*Listener)
+	deadline := rand.IntN(4) == 0
+	var mine sync.WaitGroup
+	errs := make(chan error, 2)
+	for range 2 {
+		mine.Add(1)
+		go func() {
+			defer mine.Done()
+			for {
+				c, err := l.Accept()
+				switch {
+				case err == nil:
+					accepted.Add(1)
+					wg.Add(1)
+					go func() {
+						defer wg.Done()
+						defer c.Close()
+						var b [1]byte
+						if _, err := io.ReadFull(c, b[:]); err == nil {
+							c.Write(b[:])
+							io.Copy(io.Discard, c)
+						}
+					}()
+				case errors.Is(err, net.ErrClosed):
+					return
+				case !deadline || !errors.Is(err, os.ErrDeadlineExceeded):
+					errs <- fmt.Errorf("accept: %w", err)
+					return
+				}
+			}
+		}()
+	}
+	if deadline {
+		l.SetDeadline(time.Now().Add(time.Duration(rand.IntN(300)) * time.Microsecond))
+		time.Sleep(time.Duration(rand.IntN(500)) * time.Microsecond)
+		l.SetDeadline(time.Time{})
+	}
+	if rand.IntN(2) == 0 {
+		time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond)
+	}
+	err = l.Close()
+	mine.Wait()
+	select {
+	case err = <-errs:
+	default:
+	}
+	return err
+}
+
+// A member that is kicked just as it closes passes the kick on. With two
+// members, of which one closes while connections arrive in a shared socket, the
+// other must get every one of them.
+func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	defer func(d time.Duration) { retryAfter = d }(retryAfter)
+	retryAfter = time.Hour
+	_, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
+	heir := ls[0]
+	require.NoError(t, ls[1].Close()) // its socket is shared for the whole test,
+	for range count(3000, 100) {
+		// because this member never gets to adopt it: it has one of its own.
+		g := heir.g
+		l := &Listener{g: g, idle: make(chan struct{})}
+		s, err := g.openSocket(context.Background(), g.at, &config{})
+		require.NoError(t, err)
+		l.socks, l.ln = []*socket{s}, s.ln
+		g.mu.Lock()
+		g.refs++
+		now := append(append([]*Listener(nil), *g.members.Load()...), l)
+		g.members.Store(&now)
+		g.mu.Unlock()
+
+		a, b := blocked(t, heir), blocked(t, l)
+		c := dialTest(t, heir.Addr())
+		require.NoError(t, l.Close())
+		rb := get(t, b)
+		if rb.err == nil {
+			require.NoError(t, heir.SetDeadline(longAgo))
+			require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
+			require.NoError(t, heir.SetDeadline(time.Time{}))
+			rb.c.Close()
+		} else {
+			ra := get(t, a)
+			require.NoError(t, ra.err)
+			ra.c.Close()
+		}
+		c.Close()
+		require.Eventually(t, func() bool { return len(*g.shared.Load()) > 1 }, limit(time.Second), time.Microsecond)
+		require.NoError(t, g.adopt(g.at.network).ln.Close()) // keep the number of sockets low
+	}
+}
