@@ -438,6 +438,11 @@ func (g *group) leave(members []*Listener, n int) error {
 	if g.refs > 0 {
 		g.share(socks)
 		g.mu.Unlock()
+		for _, l := range members {
+			if l.socks != nil {
+				log(l.log, "siblings inherit the socket of a closed member", "address", g.addr, "siblings", len(rest))
+			}
+		}
 		return nil
 	}
 	g.dying = true

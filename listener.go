@@ -293,7 +293,7 @@ func (l *Listener) SetDeadline(t time.Time) error {
 	defer l.mu.Unlock()
 	state := l.state.Load()
 	if state&closedMark != 0 {
-		return l.opError("set", net.ErrClosed)
+		return net.ErrClosed // as net's: the only error that isn't a *net.OpError
 	}
 	l.deadline = t
 	switch {

@@ -3,13 +3,18 @@
 package lblisten
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -47,6 +52,91 @@ func executable(t testing.TB) string {
 	require.NoError(t, out.Close())
 	require.NoError(t, os.Chmod(path, 0o755))
 	return path
+}
+
+// runWorker runs a worker in a process of its own, and returns what it prints.
+func runWorker(t testing.TB, name string, env ...string) string {
+	t.Helper()
+	self, err := os.Executable()
+	require.NoError(t, err)
+	cmd := exec.Command(self)
+	cmd.Env = append(append(os.Environ(), "LBLISTEN_TEST_WORKER="+name), env...)
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	return string(out)
+}
+
+// Out of descriptors, Accept fails with EMFILE, unchanged, and nothing is lost:
+// what waits is served as soon as there are descriptors again, also what a
+// member left that closed meanwhile.
+func TestOutOfDescriptors(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		require.Equal(t, "ok\n", runWorker(t, "outOfDescriptors", "LBLISTEN_TEST_MODE="+m.name))
+	})
+}
+
+func init() { workers["outOfDescriptors"] = outOfDescriptors }
+
+func outOfDescriptors() {
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	opt := WithDispatcher()
+	if os.Getenv("LBLISTEN_TEST_MODE") == "kernel" {
+		opt = WithRequireKernel()
+	}
+	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 3, opt)
+	must(err)
+	ls := g.Listeners()
+	const clients = 24
+	for range clients {
+		_, err := net.Dial("tcp", g.Addr().String())
+		must(err)
+	}
+	waiting := make(chan error)
+	must(ls[1].Close()) // this one finds a descriptor to wait with
+
+	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
+	var files []*os.File
+	for {
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			break
+		}
+		files = append(files, f)
+	}
+	must(ls[2].Close()) // this one doesn't
+	for range 3 {
+		if c, err := ls[0].Accept(); !errors.Is(err, unix.EMFILE) || c != nil {
+			panic(fmt.Sprintf("Accept returned %v, want EMFILE", err))
+		} else if _, ok := err.(*net.OpError); !ok {
+			panic(fmt.Sprintf("Accept returned a %T", err))
+		}
+	}
+	if _, err := Listen("tcp", "127.0.0.1:0", opt); !errors.Is(err, unix.EMFILE) {
+		panic(fmt.Sprintf("Listen returned %v, want EMFILE", err))
+	}
+	for _, f := range files {
+		f.Close()
+	}
+	go func() {
+		for range clients {
+			if _, err := ls[0].Accept(); err != nil {
+				waiting <- err
+			}
+		}
+		close(waiting)
+	}()
+	select {
+	case err := <-waiting:
+		must(err)
+	case <-time.After(limit(10 * time.Second)):
+		panic(fmt.Sprintf("%d of %d are not served: %+v", clients-int(ls[0].Stats().Accepted), clients, g.Stats()))
+	}
+	must(g.Close())
+	fmt.Println("ok")
 }
 
 // nobody is a user without any privilege.

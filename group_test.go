@@ -1,0 +1,539 @@
+package lblisten
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/net/netutil"
+)
+
+// Serve runs every member, ends all at the first error, returns that one, and
+// only when every serve has returned.
+func TestServe(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", m.opt)
+		boom := errors.New("boom")
+		var running atomic.Int64
+		err := g.Serve(func(l net.Listener) error {
+			running.Add(1)
+			defer running.Add(-1)
+			if l == net.Listener(ls[2]) {
+				for running.Load() < 4 {
+					time.Sleep(time.Millisecond)
+				}
+				return boom
+			}
+			_, err := l.Accept()
+			time.Sleep(10 * time.Millisecond)
+			return err
+		})
+		require.Equal(t, boom, err)
+		require.Zero(t, running.Load())
+		require.ErrorIs(t, g.Close(), net.ErrClosed, "Serve has closed it")
+	})
+}
+
+// A serve that returns nil ends nobody else.
+func TestServeReturnsNil(t *testing.T) {
+	noLeaks(t)
+	g, _ := newTestGroup(t, 3, "tcp", "127.0.0.1:0", WithLB())
+	require.NoError(t, g.Serve(func(net.Listener) error { return nil }))
+	require.NoError(t, g.Close())
+}
+
+// Members of a group that closes don't inherit from each other; a member that
+// somebody else opened on the address inherits from all.
+func TestGroupCloseLeavesTheRestToOthers(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, _ := newTestGroup(t, 4, "tcp", "127.0.0.1:0", m.opt)
+		other := joinTest(t, g.Listeners()[0], m.opt)
+		clients := queueUp(t, g.Addr(), 25)
+		require.NoError(t, g.Close())
+		require.Equal(t, 1, other.Info().Members)
+		for range clients {
+			n := answer(t, acceptWithin(t, other))
+			wantAnswer(t, clients[n], n)
+		}
+		require.ErrorIs(t, g.Close(), net.ErrClosed)
+	})
+}
+
+// Info says what is in force, and why nothing stronger is.
+func TestInfo(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", m.opt)
+		i := g.Info()
+		require.Equal(t, i, ls[0].Info())
+		require.Equal(t, 3, i.Members)
+		require.Equal(t, SteerFlow, i.Steering)
+		require.NotZero(t, i.OnClose&InheritProcess)
+		require.Zero(t, i.OnKill&InheritProcess, "a process that is killed can't inherit")
+		if m.name == "kernel" {
+			require.Equal(t, BalancerKernel, i.Balancer)
+			require.Equal(t, kernelOption, i.Balancer.String())
+		} else {
+			require.Equal(t, BalancerDispatcher, i.Balancer)
+			require.Equal(t, 1, i.Sockets)
+		}
+		if i.OnKill == 0 {
+			require.Error(t, i.Reason)
+		}
+		require.NoError(t, ls[0].Close())
+		require.NoError(t, ls[1].Close())
+		require.Zero(t, ls[2].Info().OnClose&InheritProcess, "nobody is left to inherit")
+		require.NoError(t, ls[2].Close())
+		require.Zero(t, g.Info().Members)
+	})
+}
+
+// acceptor is a listener without a socket. It counts its Accepts in progress.
+type acceptor struct {
+	conns chan net.Conn
+	errs  chan error
+	done  chan struct{}
+	once  sync.Once
+	waits atomic.Int64
+}
+
+func newAcceptor() *acceptor {
+	return &acceptor{conns: make(chan net.Conn), errs: make(chan error), done: make(chan struct{})}
+}
+
+func (a *acceptor) Accept() (net.Conn, error) {
+	a.waits.Add(1)
+	defer a.waits.Add(-1)
+	select {
+	case c := <-a.conns:
+		return c, nil
+	case err := <-a.errs:
+		return nil, err
+	case <-a.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (a *acceptor) Close() error {
+	a.once.Do(func() { close(a.done) })
+	return nil
+}
+
+func (a *acceptor) Addr() net.Addr { return pipeAddr{} }
+
+type pipeAddr struct{}
+
+func (pipeAddr) Network() string { return "pipe" }
+func (pipeAddr) String() string  { return "pipe" }
+
+// pipeConn is a connection that tells when it is closed.
+type pipeConn struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+func newPipeConn(t testing.TB) *pipeConn {
+	a, b := net.Pipe()
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return &pipeConn{Conn: a}
+}
+
+func (c *pipeConn) Close() error {
+	c.closed.Store(true)
+	return c.Conn.Close()
+}
+
+func dispatchTest(t testing.TB, ln net.Listener, n int, opts ...Option) (*Group, []*Listener) {
+	t.Helper()
+	g, err := Dispatch(ln, n, opts...)
+	require.NoError(t, err)
+	t.Cleanup(func() { g.Close() })
+	return g, g.Listeners()
+}
+
+// A listener that is no socket and can't be interrupted is asked only while a
+// member waits; a connection that comes too late is the next Accept's; the last
+// Close closes what is in hand.
+func TestDispatchOfAListenerWithoutDeadline(t *testing.T) {
+	noLeaks(t)
+	a := newAcceptor()
+	_, ls := dispatchTest(t, a, 3)
+	require.Equal(t, -1, ls[0].Stats().Queued)
+	time.Sleep(10 * time.Millisecond)
+	require.Zero(t, a.waits.Load(), "it is asked for connections that nobody wants")
+
+	got := blocked(t, ls[0])
+	c := newPipeConn(t)
+	a.conns <- c
+	require.Equal(t, net.Conn(c), get(t, got).c)
+	require.Eventually(t, func() bool { return a.waits.Load() == 0 }, limit(5*time.Second), time.Millisecond)
+
+	// The deadline is kept although the listener has none.
+	_, err := acceptBy(ls[1], 10*time.Millisecond)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	late := newPipeConn(t)
+	a.conns <- late
+	require.Equal(t, net.Conn(late), acceptWithin(t, ls[2]))
+
+	// Close wakes, too.
+	got = blocked(t, ls[2])
+	require.NoError(t, ls[2].Close())
+	require.ErrorIs(t, get(t, got).err, net.ErrClosed)
+	last := newPipeConn(t)
+	a.conns <- last
+	require.Eventually(t, func() bool { return ls[0].g.d.loose.Load() == 1 }, limit(5*time.Second), time.Millisecond)
+	require.NoError(t, ls[1].Close())
+	require.False(t, last.closed.Load(), "a member is left")
+	require.NoError(t, ls[0].Close())
+	require.True(t, last.closed.Load())
+	_, err = a.Accept()
+	require.ErrorIs(t, err, net.ErrClosed, "the last member closes the listener")
+}
+
+// An error that may pass fails one Accept; one that doesn't ends every member.
+func TestErrorsOfADispatchedListener(t *testing.T) {
+	noLeaks(t)
+	defer func(d time.Duration) { retryAfter = d }(retryAfter)
+	retryAfter = time.Hour
+	a := newAcceptor()
+	_, ls := dispatchTest(t, a, 3)
+	one, two := blocked(t, ls[0]), blocked(t, ls[1])
+	passing := &net.OpError{Op: "accept", Err: os.NewSyscallError("accept", syscall.EMFILE)}
+	a.errs <- passing
+	var r result
+	select {
+	case r = <-one:
+		one = two
+	case r = <-two:
+	}
+	require.Same(t, passing, r.err, "the error isn't changed")
+	time.Sleep(20 * time.Millisecond)
+	require.Empty(t, one, "the other one waits on")
+	require.Zero(t, a.waits.Load(), "nobody spins on it")
+
+	// The next Accept that asks tries again, for all.
+	three := blocked(t, ls[2])
+	a.conns <- newPipeConn(t)
+	a.conns <- newPipeConn(t)
+	require.NoError(t, get(t, one).err)
+	require.NoError(t, get(t, three).err)
+
+	one, two = blocked(t, ls[0]), blocked(t, ls[1])
+	good := errors.New("for good")
+	a.errs <- good
+	require.Equal(t, good, get(t, one).err)
+	require.Equal(t, good, get(t, two).err)
+	for _, l := range ls {
+		_, err := l.Accept()
+		require.Equal(t, good, err)
+	}
+}
+
+// After an error that may pass, members that wait already get another try even
+// if no Accept asks any more.
+func TestRetryAfterPassingError(t *testing.T) {
+	noLeaks(t)
+	defer func(d time.Duration) { retryAfter = d }(retryAfter)
+	retryAfter = 20 * time.Millisecond
+	a := newAcceptor()
+	_, ls := dispatchTest(t, a, 2)
+	one, two := blocked(t, ls[0]), blocked(t, ls[1])
+	a.errs <- syscall.ECONNABORTED
+	select {
+	case <-one:
+		one = two
+	case <-two:
+	}
+	a.conns <- newPipeConn(t)
+	require.NoError(t, get(t, one).err)
+}
+
+// TLS and LimitListener behind Dispatch keep what they promise.
+func TestDispatchOfTLS(t *testing.T) {
+	noLeaks(t)
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	cert := testCertificate(t)
+	g, ls := dispatchTest(t, tls.NewListener(tcp, &tls.Config{Certificates: []tls.Certificate{cert}}), 4)
+	_, err = ls[0].AcceptTCP()
+	require.ErrorIs(t, err, ErrUnsupported)
+	_, err = ls[0].File()
+	require.ErrorIs(t, err, ErrUnsupported)
+	_, err = ls[0].SyscallConn()
+	require.ErrorIs(t, err, ErrUnsupported)
+	var wg sync.WaitGroup
+	var accepted atomic.Int64
+	for _, l := range ls {
+		wg.Add(1)
+		go echo(&wg, l, &accepted)
+	}
+	for range 20 {
+		c, err := tls.Dial("tcp", g.Addr().String(), &tls.Config{InsecureSkipVerify: true})
+		require.NoError(t, err)
+		_, err = c.Write([]byte("x"))
+		require.NoError(t, err)
+		_, err = io.ReadFull(c, make([]byte, 1))
+		require.NoError(t, err)
+		c.Close()
+	}
+	require.NoError(t, g.Close())
+	wg.Wait()
+	require.EqualValues(t, 20, accepted.Load())
+}
+
+// With LimitListener around the dispatched listener nothing is accepted past
+// the limit, and what waits isn't lost.
+func TestDispatchOfLimitListener(t *testing.T) {
+	noLeaks(t)
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	_, ls := dispatchTest(t, netutil.LimitListener(tcp, 1), 3)
+	queueUp(t, tcp.Addr(), 3)
+	first := acceptWithin(t, ls[0])
+	two := blocked(t, ls[1])
+	time.Sleep(20 * time.Millisecond)
+	require.Empty(t, two)
+	first.Close()
+	require.NoError(t, get(t, two).err)
+}
+
+// Dispatch over a listener of ours: the groups nest.
+func TestDispatchNests(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		_, outer := newTestGroup(t, 2, "tcp", "127.0.0.1:0", m.opt)
+		g, ls := dispatchTest(t, outer[0], 2)
+		outer[1].Close()
+		clients := queueUp(t, g.Addr(), 10)
+		ls[0].Close()
+		for range clients {
+			c, err := ls[1].AcceptTCP()
+			require.NoError(t, err)
+			n := answer(t, c)
+			wantAnswer(t, clients[n], n)
+			c.Close()
+		}
+		require.NoError(t, ls[1].Close())
+		require.ErrorIs(t, outer[0].Close(), net.ErrClosed)
+	})
+}
+
+// Dispatch refuses what it can't do, and leaves the listener alone then.
+func TestDispatchRefuses(t *testing.T) {
+	noLeaks(t)
+	_, err := Dispatch(nil, 1)
+	require.Error(t, err)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	for _, c := range []struct {
+		n    int
+		opt  Option
+		want string
+	}{
+		{0, WithSteering(SteerFlow), "0 members"}, {1_000_000, WithSteering(SteerFlow), "1000000"},
+		{2, WithLB(), "WithLB"}, {2, WithBacklog(3), "WithBacklog"}, {2, WithReusePort(), "WithReusePort"},
+		{2, WithListenConfig(net.ListenConfig{}), "WithListenConfig"}, {2, WithSteering(SteerCPU), "cpu"}, {2, Option{}, "option"},
+	} {
+		_, err := Dispatch(ln, c.n, c.opt)
+		require.ErrorContains(t, err, c.want)
+		require.ErrorContains(t, err, ln.Addr().String())
+	}
+	dialTest(t, ln.Addr())
+	acceptWithin(t, ln)
+	require.NoError(t, ln.Close())
+	_, err = Dispatch(newAcceptor(), 2, WithSteering(SteerSource))
+	require.ErrorIs(t, err, ErrUnsupported)
+}
+
+// conns hands out connections with given addresses, and can be interrupted.
+type conns struct {
+	*acceptor
+	mu   sync.Mutex
+	wake chan struct{}
+}
+
+func (c *conns) SetDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t.IsZero() {
+		c.wake = make(chan struct{})
+	} else {
+		close(c.wake)
+	}
+	return nil
+}
+
+func (c *conns) Accept() (net.Conn, error) {
+	c.mu.Lock()
+	wake := c.wake
+	c.mu.Unlock()
+	select {
+	case conn := <-c.conns:
+		return conn, nil
+	case <-c.done:
+		return nil, net.ErrClosed
+	case <-wake:
+		return nil, os.ErrDeadlineExceeded
+	}
+}
+
+func (c *conns) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+
+type sourceConn struct {
+	*pipeConn
+	addressedConn
+}
+
+func (c sourceConn) Close() error                     { return c.pipeConn.Close() }
+func (c sourceConn) Read(b []byte) (int, error)       { return c.pipeConn.Read(b) }
+func (c sourceConn) Write(b []byte) (int, error)      { return c.pipeConn.Write(b) }
+func (c sourceConn) SetDeadline(t time.Time) error    { return c.pipeConn.SetDeadline(t) }
+func (c sourceConn) SetReadDeadline(time.Time) error  { return nil }
+func (c sourceConn) SetWriteDeadline(time.Time) error { return nil }
+func (c sourceConn) LocalAddr() net.Addr              { return c.local }
+func (c sourceConn) RemoteAddr() net.Addr             { return c.remote }
+
+func newConns() *conns {
+	return &conns{acceptor: newAcceptor(), wake: make(chan struct{})}
+}
+
+// With SteerSource a source stays at one member. A connection for a busy member
+// is held for it, at most 100 ms and at most 16 of them, and moves on when the
+// member closes; the last Close closes what is held.
+func TestSteerSource(t *testing.T) {
+	noLeaks(t)
+	ln := newConns()
+	_, ls := dispatchTest(t, ln, 2, WithSteering(SteerSource))
+	// A source for each of the two.
+	var source [2]string
+	for _, s := range []string{"192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5", "192.0.2.6", "192.0.2.7", "192.0.2.8",
+		"192.0.2.9", "192.0.2.10", "192.0.2.11", "192.0.2.12", "192.0.2.13", "192.0.2.14", "192.0.2.15", "192.0.2.16", "192.0.2.17", "192.0.2.18"} {
+		source[firstInRank(sourceKey(flow(s, 1)), 2, func(i int) uint64 { return ls[i].id }, all)] = s
+	}
+	require.NotEmpty(t, source[0])
+	require.NotEmpty(t, source[1])
+	port := 0
+	from := func(i int) sourceConn {
+		port++
+		return sourceConn{newPipeConn(t), flow(source[i], port)}
+	}
+
+	// Both wait: each gets its own, whoever leads.
+	for range 20 {
+		a, b := blocked(t, ls[0]), blocked(t, ls[1])
+		ca, cb := from(0), from(1)
+		ln.conns <- ca
+		ln.conns <- cb
+		require.Equal(t, net.Conn(ca), get(t, a).c)
+		require.Equal(t, net.Conn(cb), get(t, b).c)
+	}
+	// One is busy: its connections are held, and it gets them when it asks.
+	b := blocked(t, ls[1])
+	held := from(0)
+	ln.conns <- held
+	own := from(1)
+	ln.conns <- own
+	require.Equal(t, net.Conn(own), get(t, b).c)
+	require.Equal(t, net.Conn(held), acceptWithin(t, ls[0]))
+
+	// It stays busy: the next in rank gets it, not at once and not much later.
+	b = blocked(t, ls[1])
+	start := time.Now()
+	held = from(0)
+	ln.conns <- held
+	require.Equal(t, net.Conn(held), get(t, b).c)
+	require.GreaterOrEqual(t, time.Since(start), 90*time.Millisecond)
+
+	// More than 16 aren't held.
+	b = blocked(t, ls[1])
+	for range 16 {
+		ln.conns <- from(0)
+	}
+	start = time.Now()
+	past := from(0)
+	ln.conns <- past
+	require.Equal(t, net.Conn(past), get(t, b).c)
+
+	// The busy member closes: what was held for it is the sibling's.
+	require.NoError(t, ls[0].Close())
+	for range 16 {
+		acceptWithin(t, ls[1])
+	}
+	require.Zero(t, ls[1].g.d.holding.Load())
+}
+
+// What is held for a member when the last one closes is closed.
+func TestHeldConnectionsAreClosedAtLast(t *testing.T) {
+	noLeaks(t)
+	ln := newConns()
+	g, ls := dispatchTest(t, ln, 2, WithSteering(SteerSource))
+	b := blocked(t, ls[1])
+	var held []sourceConn
+	for len(held) < 3 {
+		c := sourceConn{newPipeConn(t), flow("192.0.2.1", len(held))}
+		if firstInRank(sourceKey(c), 2, func(i int) uint64 { return ls[i].id }, all) == 1 {
+			t.Skip("this run's hash gives the source to the member that waits")
+		}
+		ln.conns <- c
+		held = append(held, c)
+	}
+	require.Eventually(t, func() bool { return ls[0].g.d.holding.Load() == 3 }, limit(time.Second), time.Millisecond)
+	require.NoError(t, g.Close())
+	require.ErrorIs(t, get(t, b).err, net.ErrClosed)
+	for _, c := range held {
+		require.True(t, c.closed.Load())
+	}
+}
+
+// With SteerLoad the member that has waited for longest is next.
+func TestSteerLoad(t *testing.T) {
+	noLeaks(t)
+	ln := newConns()
+	_, ls := dispatchTest(t, ln, 3, WithSteering(SteerLoad))
+	waiting := []<-chan result{blocked(t, ls[0]), blocked(t, ls[1]), blocked(t, ls[2])}
+	for i := range 30 {
+		c := sourceConn{newPipeConn(t), flow("192.0.2.1", i)}
+		ln.conns <- c
+		require.Equal(t, net.Conn(c), get(t, waiting[i%3]).c)
+		waiting[i%3] = blocked(t, ls[i%3])
+	}
+}
+
+// ListenGroup returns all members or none.
+func TestListenGroupIsAllOrNothing(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		calls := 0
+		bad := errors.New("the third fails")
+		lc := net.ListenConfig{Control: func(string, string, syscall.RawConn) error {
+			if calls++; calls == 3 {
+				return bad
+			}
+			return nil
+		}}
+		_, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 5, m.opt, WithListenConfig(lc))
+		if m.name == "kernel" {
+			require.ErrorIs(t, err, bad)
+			return
+		}
+		require.NoError(t, err)
+		var b bytes.Buffer
+		require.Zero(t, b.Len())
+		registry.mu.Lock()
+		var gs []*group
+		for _, g := range registry.groups {
+			gs = append(gs, g)
+		}
+		registry.mu.Unlock()
+		for _, g := range gs {
+			g.close(*g.members.Load())
+		}
+	})
+}
