@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -323,7 +322,7 @@ func startLoad(clients int, network, address string) *load {
 
 func (d *load) one(network, address string) {
 	c, err := dialOnce(network, address)
-	if errors.Is(err, syscall.ECONNREFUSED) {
+	if isRefused(err) {
 		d.refused.Add(1)
 	}
 	if err == nil {

@@ -31,6 +31,8 @@ func openDescriptors() int {
 	return n
 }
 
+func isRefused(err error) bool { return errors.Is(err, unix.ECONNREFUSED) }
+
 // executable returns a copy of the test binary that any user can run, in a
 // directory that any user can write to.
 func executable(t testing.TB) string {

@@ -1,0 +1,23 @@
+module github.com/lblisten/lblisten/test
+
+go 1.23.0
+
+require (
+	github.com/lblisten/lblisten v0.0.0
+	github.com/stretchr/testify v1.11.1
+	google.golang.org/grpc v1.70.0
+)
+
+require (
+	github.com/davecgh/go-spew v1.1.1 // indirect
+	github.com/libp2p/go-reuseport v0.4.0 // indirect
+	github.com/pmezard/go-difflib v1.0.0 // indirect
+	golang.org/x/net v0.43.0 // indirect
+	golang.org/x/sys v0.35.0 // indirect
+	golang.org/x/text v0.28.0 // indirect
+	google.golang.org/genproto/googleapis/rpc v0.0.0-20241202173237-19429a94021a // indirect
+	google.golang.org/protobuf v1.35.2 // indirect
+	gopkg.in/yaml.v3 v3.0.1 // indirect
+)
+
+replace github.com/lblisten/lblisten => ../
