@@ -130,6 +130,16 @@ func (a *acceptor) Close() error {
 
 func (a *acceptor) Addr() net.Addr { return pipeAddr{} }
 
+// hand gives v to the Accept that waits for it.
+func hand[T any](t testing.TB, to chan<- T, v T) {
+	t.Helper()
+	select {
+	case to <- v:
+	case <-time.After(limit(5 * time.Second)):
+		t.Fatal("the listener is not asked for a connection")
+	}
+}
+
 type pipeAddr struct{}
 
 func (pipeAddr) Network() string { return "pipe" }
@@ -173,29 +183,36 @@ func TestDispatchOfAListenerWithoutDeadline(t *testing.T) {
 
 	got := blocked(t, ls[0])
 	c := newPipeConn(t)
-	a.conns <- c
+	hand(t, a.conns, net.Conn(c))
 	require.Equal(t, net.Conn(c), get(t, got).c)
 	require.Eventually(t, func() bool { return a.waits.Load() == 0 }, limit(5*time.Second), time.Millisecond)
 
 	// The deadline is kept although the listener has none.
-	_, err := acceptBy(ls[1], 10*time.Millisecond)
-	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	asked := func() {
+		t.Helper()
+		require.Eventually(t, func() bool { return a.waits.Load() == 1 }, limit(5*time.Second), time.Millisecond)
+	}
+	got = blocked(t, ls[1])
+	asked()
+	require.NoError(t, ls[1].SetDeadline(time.Now().Add(5*time.Millisecond)))
+	require.ErrorIs(t, get(t, got).err, os.ErrDeadlineExceeded)
 	late := newPipeConn(t)
-	a.conns <- late
+	hand(t, a.conns, net.Conn(late))
 	require.Equal(t, net.Conn(late), acceptWithin(t, ls[2]))
 
 	// Close wakes, too.
 	got = blocked(t, ls[2])
+	asked()
 	require.NoError(t, ls[2].Close())
 	require.ErrorIs(t, get(t, got).err, net.ErrClosed)
 	last := newPipeConn(t)
-	a.conns <- last
+	hand(t, a.conns, net.Conn(last))
 	require.Eventually(t, func() bool { return ls[0].g.d.loose.Load() == 1 }, limit(5*time.Second), time.Millisecond)
 	require.NoError(t, ls[1].Close())
 	require.False(t, last.closed.Load(), "a member is left")
 	require.NoError(t, ls[0].Close())
 	require.True(t, last.closed.Load())
-	_, err = a.Accept()
+	_, err := a.Accept()
 	require.ErrorIs(t, err, net.ErrClosed, "the last member closes the listener")
 }
 
@@ -215,7 +232,7 @@ func TestErrorsOfADispatchedListener(t *testing.T) {
 	_, ls := dispatchTest(t, a, 3)
 	one, two := blocked(t, ls[0]), blocked(t, ls[1])
 	passing := &net.OpError{Op: "accept", Err: outOfFiles{}}
-	a.errs <- passing
+	hand(t, a.errs, error(passing))
 	var r result
 	select {
 	case r = <-one:
@@ -229,14 +246,14 @@ func TestErrorsOfADispatchedListener(t *testing.T) {
 
 	// The next Accept that asks tries again, for all.
 	three := blocked(t, ls[2])
-	a.conns <- newPipeConn(t)
-	a.conns <- newPipeConn(t)
+	hand(t, a.conns, net.Conn(newPipeConn(t)))
+	hand(t, a.conns, net.Conn(newPipeConn(t)))
 	require.NoError(t, get(t, one).err)
 	require.NoError(t, get(t, three).err)
 
 	one, two = blocked(t, ls[0]), blocked(t, ls[1])
 	good := errors.New("for good")
-	a.errs <- good
+	hand(t, a.errs, error(good))
 	require.Equal(t, good, get(t, one).err)
 	require.Equal(t, good, get(t, two).err)
 	for _, l := range ls {
@@ -254,13 +271,13 @@ func TestRetryAfterPassingError(t *testing.T) {
 	a := newAcceptor()
 	_, ls := dispatchTest(t, a, 2)
 	one, two := blocked(t, ls[0]), blocked(t, ls[1])
-	a.errs <- outOfFiles{}
+	hand(t, a.errs, error(outOfFiles{}))
 	select {
 	case <-one:
 		one = two
 	case <-two:
 	}
-	a.conns <- newPipeConn(t)
+	hand(t, a.conns, net.Conn(newPipeConn(t)))
 	require.NoError(t, get(t, one).err)
 }
 
@@ -437,17 +454,17 @@ func TestSteerSource(t *testing.T) {
 	for range 20 {
 		a, b := blocked(t, ls[0]), blocked(t, ls[1])
 		ca, cb := from(0), from(1)
-		ln.conns <- ca
-		ln.conns <- cb
+		hand(t, ln.conns, net.Conn(ca))
+		hand(t, ln.conns, net.Conn(cb))
 		require.Equal(t, net.Conn(ca), get(t, a).c)
 		require.Equal(t, net.Conn(cb), get(t, b).c)
 	}
 	// One is busy: its connections are held, and it gets them when it asks.
 	b := blocked(t, ls[1])
 	held := from(0)
-	ln.conns <- held
+	hand(t, ln.conns, net.Conn(held))
 	own := from(1)
-	ln.conns <- own
+	hand(t, ln.conns, net.Conn(own))
 	require.Equal(t, net.Conn(own), get(t, b).c)
 	require.Equal(t, net.Conn(held), acceptWithin(t, ls[0]))
 
@@ -455,17 +472,17 @@ func TestSteerSource(t *testing.T) {
 	b = blocked(t, ls[1])
 	start := time.Now()
 	held = from(0)
-	ln.conns <- held
+	hand(t, ln.conns, net.Conn(held))
 	require.Equal(t, net.Conn(held), get(t, b).c)
 	require.GreaterOrEqual(t, time.Since(start), 90*time.Millisecond)
 
 	// More than 16 aren't held.
 	b = blocked(t, ls[1])
 	for range 16 {
-		ln.conns <- from(0)
+		hand(t, ln.conns, net.Conn(from(0)))
 	}
 	past := from(0)
-	ln.conns <- past
+	hand(t, ln.conns, net.Conn(past))
 	require.Equal(t, net.Conn(past), get(t, b).c)
 
 	// The busy member closes: what was held for it is the sibling's.
@@ -488,7 +505,7 @@ func TestHeldConnectionsAreClosedAtLast(t *testing.T) {
 		if firstInRank(sourceKey(c), 2, func(i int) uint64 { return ls[i].id }, all) == 1 {
 			t.Skip("this run's hash gives the source to the member that waits")
 		}
-		ln.conns <- c
+		hand(t, ln.conns, net.Conn(c))
 		held = append(held, c)
 	}
 	require.Eventually(t, func() bool { return ls[0].g.d.holding.Load() == 3 }, limit(time.Second), time.Millisecond)
@@ -507,7 +524,7 @@ func TestSteerLoad(t *testing.T) {
 	waiting := []<-chan result{blocked(t, ls[0]), blocked(t, ls[1]), blocked(t, ls[2])}
 	for i := range 30 {
 		c := sourceConn{newPipeConn(t), flow("192.0.2.1", i)}
-		ln.conns <- c
+		hand(t, ln.conns, net.Conn(c))
 		require.Equal(t, net.Conn(c), get(t, waiting[i%3]).c)
 		waiting[i%3] = blocked(t, ls[i%3])
 	}
