@@ -111,6 +111,9 @@ type group struct {
 	refs   int    // members, and members that are being opened
 	dying  bool   // refs was 0: nobody can join any more
 	lastID uint64 // of a member, for rendezvous hashing
+	wont   error  // why the kernel doesn't inherit
+	undo   func() // gives back what letKernelInherit holds
+	again  *time.Timer
 	// Copied when they change, under mu; read without it.
 	members atomic.Pointer[[]*Listener]
 	shared  atomic.Pointer[[]*watch] // sockets of closed members
@@ -262,6 +265,8 @@ func enter(at place, network string, noKernel error, n int, cfg *config) (g *gro
 	switch {
 	case cfg.dispatcher:
 		noKernel = errors.New("the dispatcher was asked for")
+	case noKernel != nil && cfg.pinnedSet:
+		return nil, false, fmt.Errorf("WithPinnedProgram: %w: %w", ErrUnsupported, noKernel)
 	case noKernel != nil && cfg.requireKernel:
 		return nil, false, fmt.Errorf("balancing by the kernel is %w: %w", ErrUnsupported, noKernel)
 	case noKernel == nil && cfg.steering != SteerFlow:
@@ -311,6 +316,8 @@ func (g *group) reserve(n int, cfg *config) error {
 		return fmt.Errorf("WithDispatcher: in this process the group of this address is balanced by %v", BalancerKernel)
 	case cfg.requireKernel && g.d != nil:
 		return fmt.Errorf("WithRequireKernel: %w: in this process the group of this address is balanced by the dispatcher", ErrUnsupported)
+	case cfg.pinnedSet && g.d != nil:
+		return fmt.Errorf("WithPinnedProgram: %w: in this process the group of this address is balanced by the dispatcher", ErrUnsupported)
 	case cfg.steering != g.steering:
 		return fmt.Errorf("steering by %v: in this process the group of this address is steered by %v", cfg.steering, g.steering)
 	case g.refs+n > limit:
@@ -372,6 +379,7 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 	if g.failed {
 		return nil, errGone
 	}
+	isFirst := first != nil
 	members := make([]*Listener, 0, n)
 	var err error
 	for range n {
@@ -390,7 +398,11 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 		}
 		members = append(members, l)
 	}
-	if err == nil && g.d != nil && cfg.backlogSet {
+	switch {
+	case err != nil:
+	case g.d == nil && (isFirst || cfg.pinnedSet):
+		err = g.letKernelInherit(members[0].socks, cfg)
+	case g.d != nil && cfg.backlogSet:
 		err = setBacklog(g.d.ln, cfg.backlog)
 	}
 
@@ -415,6 +427,42 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 		return nil, g.explain(err)
 	}
 	return members, nil
+}
+
+// letKernelInherit is letKernelInherit of the system, on the first sockets of the
+// group, or with a pinned program.
+func (g *group) letKernelInherit(socks []*socket, cfg *config) error {
+	for _, s := range socks {
+		var done func()
+		var wont, err error
+		if cerr := s.conn.Control(func(fd uintptr) { done, wont, err = letKernelInherit(fd, cfg.pinned) }); cerr != nil || err != nil {
+			return cmp.Or(err, cerr)
+		}
+		g.mu.Lock()
+		g.wont = wont
+		if done != nil {
+			g.undo = done
+		}
+		if g.again == nil && lookAgainEvery > 0 {
+			g.again = time.AfterFunc(lookAgainEvery, g.lookAgain)
+		}
+		g.mu.Unlock()
+	}
+	return nil
+}
+
+// forget gives back what letKernelInherit holds, and ends lookAgain.
+func (g *group) forget() {
+	g.mu.Lock()
+	if g.again != nil {
+		g.again.Stop()
+	}
+	undo := g.undo
+	g.undo = nil
+	g.mu.Unlock()
+	if undo != nil {
+		undo()
+	}
 }
 
 // leave takes members, and room for n that were not made, out of the group.
@@ -458,6 +506,7 @@ func (g *group) leave(members []*Listener, n int) error {
 	for _, s := range socks {
 		err = cmp.Or(err, s.ln.Close())
 	}
+	g.forget()
 	if g.d != nil {
 		err = g.d.shutdown()
 	}
@@ -546,7 +595,10 @@ func (g *group) info() Info {
 		return i
 	}
 	i.Sockets = len(g.conns())
-	inherits, why := kernelInherits()
+	g.mu.Lock()
+	wont := g.wont
+	g.mu.Unlock()
+	inherits, why := kernelInherits(wont)
 	if inherits {
 		i.OnClose |= InheritKernel
 		i.OnKill |= InheritKernel

@@ -175,6 +175,7 @@ func (w *watch) waitable() syscall.RawConn {
 	if w.file == nil {
 		return nil
 	}
+	w.file.SetReadDeadline(time.Time{}) // that of lookAgain
 	conn, _ := w.file.SyscallConn()
 	return conn
 }
@@ -199,6 +200,35 @@ func (w *watch) offer() {
 		if members[(turn+i)%len(members)].kick() {
 			return
 		}
+	}
+}
+
+// lookAgain has every Accept look that waits although a connection is there: the
+// kernel has put it into the queue and told nobody (see lookAgainEvery).
+func (g *group) lookAgain() {
+	for _, l := range *g.members.Load() {
+		if l.state.Load()&countMask != 0 && l.ownReadable() {
+			l.kick()
+		}
+	}
+	for _, w := range *g.shared.Load() {
+		if !w.ready.Load() && w.readable() {
+			w.lookAgain()
+		}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.dying {
+		g.again.Reset(lookAgainEvery)
+	}
+}
+
+// lookAgain ends a wait on the duplicate, after which wait looks by itself.
+func (w *watch) lookAgain() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.file != nil {
+		w.file.SetReadDeadline(longAgo)
 	}
 }
 

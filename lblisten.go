@@ -188,7 +188,9 @@ type config struct {
 	requireKernel bool // WithRequireKernel
 	reusePort     bool
 	steering      Steering
-	steered       bool // WithSteering was given
+	steered       bool   // WithSteering was given
+	pinned        string // WithPinnedProgram
+	pinnedSet     bool
 	backlog       int
 	backlogSet    bool
 	lc            net.ListenConfig
@@ -263,6 +265,19 @@ func WithBacklog(n int) Option {
 // socket open already: its own lc isn't used.
 func WithListenConfig(lc net.ListenConfig) Option {
 	return Option{"WithListenConfig", func(c *config) { c.lc = lc }}
+}
+
+// WithPinnedProgram is WithLB, and makes Linux's kernel inherit by the BPF
+// program that is pinned at path in a BPF file system, instead of one that Listen
+// loads itself. Loading takes CAP_BPF; a pinned program any process can use that
+// may read and write the file. It takes the place of the program that is in
+// force for the address, in all processes. Listen fails if it can't be used, with
+// [ErrUnsupported] on other systems and where the kernel doesn't balance.
+//
+// The program's type is BPF_PROG_TYPE_SK_REUSEPORT, its expected attach type
+// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
+func WithPinnedProgram(path string) Option {
+	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned, c.pinnedSet = true, path, true }}
 }
 
 // WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
@@ -387,6 +402,12 @@ func newConfig(opts []Option) (*config, error) {
 		return nil, fmt.Errorf("WithBacklog(%d): a backlog is at least 1; leave the option out for the system's maximum", c.backlog)
 	case c.backlogSet && !canSetBacklog:
 		return nil, fmt.Errorf("WithBacklog: %w by this system", ErrUnsupported)
+	case c.pinnedSet && !canPin:
+		return nil, fmt.Errorf("WithPinnedProgram: %w by this system", ErrUnsupported)
+	case c.pinnedSet && c.pinned == "":
+		return nil, errors.New("WithPinnedProgram: the path is empty")
+	case c.pinnedSet && c.dispatcher:
+		return nil, fmt.Errorf("WithPinnedProgram: %w by the dispatcher, which WithDispatcher asks for", ErrUnsupported)
 	case c.lb && c.reusePort:
 		return nil, errors.New("WithReusePort promises no balancing and WithLB does: choose one for an address")
 	case c.dispatcher && c.requireKernel:

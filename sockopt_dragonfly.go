@@ -37,10 +37,21 @@ func joinKernelGroup(fd uintptr) error {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
 }
 
-// kernelInherits tells whether the kernel gives the queue of a socket that is
-// closed to the rest of its group, and if not, why. DragonFly gives completed
-// and incomplete connections to the last member (sys/netinet/tcp_usrreq.c).
-func kernelInherits() (bool, error) { return true, nil }
+const canPin = false
+
+// letKernelInherit: the kernel need not be asked. It gives completed and
+// incomplete connections of a socket that closes to the last member of its group
+// (sys/netinet/tcp_usrreq.c).
+func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
+	return nil, nil, nil
+}
+
+// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
+// what letKernelInherit said.
+func kernelInherits(wont error) (bool, error) { return wont == nil, wont }
+
+// lookAgainEvery is never: a connection always wakes who waits for it.
+const lookAgainEvery = 0
 
 // queueLength: DragonFly doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }

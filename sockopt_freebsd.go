@@ -47,11 +47,20 @@ func setBool(fd uintptr, name string, option int) error {
 	return os.NewSyscallError("setsockopt "+name, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, 1))
 }
 
-// kernelInherits tells whether the kernel gives the queue of a socket that is
-// closed to the rest of its group, and if not, why.
-func kernelInherits() (bool, error) {
-	return false, errors.New("FreeBSD's kernel resets the queue of a process that dies")
+const canPin = false
+
+// letKernelInherit: the kernel can't be asked to give the queue of a socket that
+// closes to the rest of its group.
+func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
+	return nil, errors.New("FreeBSD's kernel resets the queue of a process that dies"), nil
 }
+
+// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
+// what letKernelInherit said.
+func kernelInherits(wont error) (bool, error) { return false, wont }
+
+// lookAgainEvery is never: a connection always wakes who waits for it.
+const lookAgainEvery = 0
 
 // queueLength returns the number of connections that wait in a listening
 // socket, and the limit in force.

@@ -5,8 +5,8 @@ package lblisten
 
 import (
 	"bytes"
-	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,21 +30,46 @@ func joinKernelGroup(fd uintptr) error {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
 }
 
-// kernelInherits tells whether the kernel gives the queue of a socket that is
-// closed to the rest of its group, and if not, why. With
-// net.ipv4.tcp_migrate_req (from Linux 5.14, for IPv6 as well) it does. The
-// sysctl is that of the calling thread's network namespace.
-func kernelInherits() (bool, error) {
-	const sysctl = "net.ipv4.tcp_migrate_req"
-	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_migrate_req")
-	if err != nil {
-		return false, fmt.Errorf("the kernel resets the queue of a process that dies: %s: %w", sysctl, err)
+const canPin = true
+
+// migrateSysctl makes the kernel migrate without a program, from Linux 5.14, for
+// IPv6 as well. It belongs to a network namespace.
+const migrateSysctl = "net.ipv4.tcp_migrate_req"
+
+// letKernelInherit makes the kernel give the queue of a socket that closes to
+// the rest of its group, by a BPF program: the one pinned at a path, which must
+// work then, or one that it loads. It returns why the kernel won't, and what to
+// do when the group ends. The program must be attached after listen: on a group
+// whose first socket doesn't listen yet it makes every later bind or listen fail
+// with EADDRINUSE.
+func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
+	if pinned != "" {
+		return nil, nil, usePinned(int(fd), pinned)
 	}
-	if string(bytes.TrimSpace(b)) != "1" {
-		return false, fmt.Errorf("the kernel resets the queue of a process that dies; set %s=1 to let it migrate", sysctl)
+	if wont = useMigration(int(fd)); wont != nil {
+		return nil, wont, nil
 	}
-	return true, nil
+	return dropMigration, nil, nil
 }
+
+// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
+// what letKernelInherit said.
+func kernelInherits(wont error) (bool, error) {
+	if wont == nil {
+		return true, nil
+	}
+	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_migrate_req") // of this thread's network namespace
+	if err == nil && string(bytes.TrimSpace(b)) == "1" {
+		return true, nil
+	}
+	return false, wont
+}
+
+// lookAgainEvery is how often members that wait are made to look at their
+// sockets. Kernels from 5.14 that migrate, but lack the fix of 2026 ("tcp: call
+// sk_data_ready() after listener migration"), don't wake who gets a connection
+// that way.
+const lookAgainEvery = time.Second
 
 // queueLength returns the number of connections that wait in a listening
 // socket, and the limit in force. Both are fields of TCP_INFO that mean

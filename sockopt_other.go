@@ -22,8 +22,16 @@ func joinKernelGroup(fd uintptr) error {
 	return errors.New("the kernel of " + runtime.GOOS + " does not balance between listening sockets")
 }
 
-// kernelInherits is not asked, because nothing is balanced by the kernel.
-func kernelInherits() (bool, error) { return false, nil }
+const canPin = false
+
+// letKernelInherit and kernelInherits are not asked: the kernel balances nothing.
+func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
+	return nil, nil, ErrUnsupported
+}
+
+func kernelInherits(wont error) (bool, error) { return false, wont }
+
+const lookAgainEvery = 0
 
 // queueLength: the system doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }
