@@ -270,9 +270,9 @@ func pin(t *testing.T) string {
 	attr := struct {
 		path      uint64
 		fd, flags uint32
-	}{path: uint64(uintptr(unsafe.Pointer(name))), fd: uint32(fd)}
-	_, err = bpf(unix.BPF_OBJ_PIN, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
-	runtime.KeepAlive(name)
+		keep      *byte
+	}{path: heap(name), fd: uint32(fd), keep: name}
+	_, err = bpf(unix.BPF_OBJ_PIN, unsafe.Pointer(&attr), unsafe.Offsetof(attr.keep))
 	require.NoError(t, err)
 	require.NoError(t, os.Chmod(path, 0o666))
 	return path

@@ -83,7 +83,9 @@ func (g *Group) Stats() Stats {
 		s.Accepted += l.accepted.Load()
 		s.Inherited += l.inherited.Load()
 	}
-	s.Queued, s.Backlog = queueLengths(g.g.conns())
+	if len(*g.g.members.Load()) > 0 {
+		s.Queued, s.Backlog = queueLengths(g.g.conns())
+	}
 	return s
 }
 
@@ -93,12 +95,16 @@ type group struct {
 	addr     net.Addr
 	network  string
 	steering Steering
-	noKernel error       // why the kernel doesn't balance; nil if it does
-	d        *dispatcher // nil if the kernel balances
+	noKernel error           // why the kernel doesn't balance; nil if it does
+	d        *dispatcher     // nil if the kernel balances
+	k        *kernelSteering // nil if the dispatcher balances
+	pinned   bool            // a pinned program is in force
+	log      *slog.Logger    // of the member that opened it
 
-	opened chan struct{} // closed when the first socket is open, or can't be
-	failed bool          // it can't; set before opened is closed
-	gone   chan struct{} // closed when all sockets are closed
+	retryAfter time.Duration // see there
+	opened     chan struct{} // closed when the first socket is open, or can't be
+	failed     bool          // it can't; set before opened is closed
+	gone       chan struct{} // closed when all sockets are closed
 
 	_ cpu.CacheLinePad
 	// ready counts the watched sockets on which connections wait. Every Accept
@@ -269,14 +275,13 @@ func enter(at place, network string, noKernel error, n int, cfg *config) (g *gro
 		return nil, false, fmt.Errorf("WithPinnedProgram: %w: %w", ErrUnsupported, noKernel)
 	case noKernel != nil && cfg.requireKernel:
 		return nil, false, fmt.Errorf("balancing by the kernel is %w: %w", ErrUnsupported, noKernel)
-	case noKernel == nil && cfg.steering != SteerFlow:
-		return nil, false, fmt.Errorf("steering by %v is %w between the kernel's sockets; WithDispatcher has source and load", cfg.steering, ErrUnsupported)
+	case noKernel == nil && kernelSteers(cfg.steering) != nil:
+		return nil, false, fmt.Errorf("steering by %v: %w", cfg.steering, kernelSteers(cfg.steering))
 	}
 	if noKernel != nil {
 		if err := canDispatch(cfg.steering, network); err != nil {
 			return nil, false, err
 		}
-		log(cfg.log, "the in-process dispatcher balances", "address", at, "reason", noKernel)
 	}
 	g = newGroup(at, network, noKernel, cfg)
 	if err := g.reserve(n, cfg); err != nil {
@@ -289,7 +294,7 @@ func enter(at place, network string, noKernel error, n int, cfg *config) (g *gro
 }
 
 func newGroup(at place, network string, noKernel error, cfg *config) *group {
-	g := &group{at: at, network: network, steering: cfg.steering, noKernel: noKernel,
+	g := &group{at: at, network: network, retryAfter: retryAfter, steering: cfg.steering, noKernel: noKernel, pinned: cfg.pinnedSet, log: cfg.log,
 		opened: make(chan struct{}), gone: make(chan struct{})}
 	g.members.Store(new([]*Listener))
 	g.shared.Store(new([]*watch))
@@ -333,10 +338,20 @@ func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, erro
 	var err error
 	if g.d != nil {
 		err = g.d.open(ctx, cfg)
-	} else {
+	} else if g.k, err = newKernelSteering(g, cfg); err == nil {
 		first, err = g.openSeat(ctx, cfg)
 	}
+	if err == nil && g.d == nil {
+		if err = g.letKernelInherit(first[0], cfg); err != nil {
+			for _, s := range first {
+				s.ln.Close()
+			}
+		}
+	}
 	if err != nil {
+		if g.k != nil {
+			g.k.close()
+		}
 		g.failed = true
 		g.mu.Lock()
 		g.dying = true
@@ -348,6 +363,7 @@ func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, erro
 	}
 	if g.d != nil {
 		g.addr = g.d.ln.Addr()
+		log(cfg.log, "the in-process dispatcher balances", "address", g.addr, "reason", g.noKernel)
 	} else {
 		// Of a split dual-stack member it is the IPv6 one: [::]:port, as net's.
 		g.addr = first[len(first)-1].ln.Addr()
@@ -370,16 +386,17 @@ func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, erro
 // add makes n members, for which room is kept. The first gets the sockets that
 // are open already, if there are any. When add fails it gives the room back.
 func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([]*Listener, error) {
-	select {
-	case <-g.opened:
-	case <-ctx.Done():
-		g.leave(nil, n)
-		return nil, ctx.Err()
+	if first == nil {
+		select {
+		case <-g.opened:
+		case <-ctx.Done():
+			g.leave(nil, n)
+			return nil, ctx.Err()
+		}
 	}
 	if g.failed {
 		return nil, errGone
 	}
-	isFirst := first != nil
 	members := make([]*Listener, 0, n)
 	var err error
 	for range n {
@@ -390,7 +407,7 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 					break
 				}
 			}
-			l.socks, l.ln = first, first[0].ln
+			l.socks, l.ln, l.onAccept = first, first[0].ln, g.k.onAccept()
 			if len(first) > 1 {
 				l.side = g.watch(first[1], l)
 			}
@@ -400,8 +417,8 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 	}
 	switch {
 	case err != nil:
-	case g.d == nil && (isFirst || cfg.pinnedSet):
-		err = g.letKernelInherit(members[0].socks, cfg)
+	case g.d == nil && cfg.pinnedSet:
+		err = g.letKernelInherit(members[0].socks[0], cfg)
 	case g.d != nil && cfg.backlogSet:
 		err = setBacklog(g.d.ln, cfg.backlog)
 	}
@@ -413,6 +430,9 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 	}
 	now := append(append([]*Listener(nil), *g.members.Load()...), members...)
 	g.members.Store(&now)
+	if g.k != nil {
+		g.k.changed()
+	}
 	g.mu.Unlock()
 	for _, l := range members {
 		if l.side != nil {
@@ -429,24 +449,22 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 	return members, nil
 }
 
-// letKernelInherit is letKernelInherit of the system, on the first sockets of the
-// group, or with a pinned program.
-func (g *group) letKernelInherit(socks []*socket, cfg *config) error {
-	for _, s := range socks {
-		var done func()
-		var wont, err error
-		if cerr := s.conn.Control(func(fd uintptr) { done, wont, err = letKernelInherit(fd, cfg.pinned) }); cerr != nil || err != nil {
-			return cmp.Or(err, cerr)
-		}
-		g.mu.Lock()
-		g.wont = wont
-		if done != nil {
-			g.undo = done
-		}
-		if g.again == nil && lookAgainEvery > 0 {
-			g.again = time.AfterFunc(lookAgainEvery, g.lookAgain)
-		}
-		g.mu.Unlock()
+// letKernelInherit is letKernelInherit of the system, on a socket of the group,
+// and starts to look again where that is needed.
+func (g *group) letKernelInherit(s *socket, cfg *config) error {
+	var done func()
+	var wont, err error
+	if cerr := s.conn.Control(func(fd uintptr) { done, wont, err = letKernelInherit(fd, cfg.pinned) }); cerr != nil || err != nil {
+		return cmp.Or(err, cerr)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.wont = wont
+	if done != nil {
+		g.undo = done
+	}
+	if g.again == nil && lookAgainEvery > 0 {
+		g.again = time.AfterFunc(lookAgainEvery, g.lookAgain)
 	}
 	return nil
 }
@@ -485,6 +503,9 @@ func (g *group) leave(members []*Listener, n int) error {
 	g.refs -= len(members) + n
 	if g.refs > 0 {
 		g.share(socks)
+		if g.k != nil && len(socks) > 0 {
+			g.k.changed()
+		}
 		g.mu.Unlock()
 		for _, l := range members {
 			if l.socks != nil {
@@ -507,6 +528,9 @@ func (g *group) leave(members []*Listener, n int) error {
 		err = cmp.Or(err, s.ln.Close())
 	}
 	g.forget()
+	if g.k != nil {
+		g.k.close()
+	}
 	if g.d != nil {
 		err = g.d.shutdown()
 	}
@@ -533,7 +557,7 @@ func (g *group) close(members []*Listener) error {
 		}
 	}
 	if closing == nil {
-		return &net.OpError{Op: "close", Net: g.addr.Network(), Addr: g.addr, Err: net.ErrClosed}
+		return &net.OpError{Op: "close", Net: g.network, Addr: g.addr, Err: net.ErrClosed}
 	}
 	for _, l := range closing {
 		l.awaitIdle()
@@ -596,15 +620,16 @@ func (g *group) info() Info {
 	}
 	i.Sockets = len(g.conns())
 	g.mu.Lock()
-	wont := g.wont
+	steering, unsteered, wont := g.k.inForce()
+	wont = cmp.Or(wont, g.wont)
 	g.mu.Unlock()
+	i.Steering = steering
 	inherits, why := kernelInherits(wont)
 	if inherits {
 		i.OnClose |= InheritKernel
 		i.OnKill |= InheritKernel
-	} else {
-		i.Reason = why
 	}
+	i.Reason = errors.Join(unsteered, why)
 	return i
 }
 
@@ -646,7 +671,8 @@ func queueLengths(conns []syscall.RawConn) (queued, backlog int) {
 type socket struct {
 	ln   *net.TCPListener
 	conn syscall.RawConn
-	net  string // what package net was asked for: "tcp", "tcp4", "tcp6"
+	net  string       // what package net was asked for: "tcp", "tcp4", "tcp6"
+	slot atomic.Int32 // in the table of the steering program, plus 1
 }
 
 // seat returns the sockets of a new member: those that closed members left,
@@ -720,33 +746,40 @@ func (p place) split() []place {
 func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket, error) {
 	lc := cfg.lc
 	lc.SetMultipathTCP(false)
+	held := false
 	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
 		var err error
-		if cerr := c.Control(func(fd uintptr) { err = joinKernelGroup(fd) }); cerr != nil {
+		if cerr := c.Control(func(fd uintptr) {
+			held = true
+			err = cmp.Or(joinKernelGroup(fd), g.k.control(fd))
+		}); cerr != nil {
 			return cerr
 		}
 		return err
 	})
-	network := g.network // so that errors and addresses name what was asked for
-	if splitDualStack {
-		network = at.network
+	network := g.network // so that errors name what was asked for
+	if at.network != g.at.network {
+		network = at.network // one of two, see split
 	}
 	ln, err := lc.Listen(ctx, network, at.String())
+	var s *socket
+	if err == nil {
+		s = &socket{ln: ln.(*net.TCPListener), net: at.network}
+		s.conn, err = s.ln.SyscallConn() // fails for a nil listener only
+	}
+	if held {
+		g.k.opened(s)
+	}
 	if err != nil {
 		return nil, err
 	}
 	if cfg.backlogSet {
-		err = setBacklog(ln, cfg.backlog)
+		if err := setBacklog(ln, cfg.backlog); err != nil {
+			ln.Close()
+			return nil, err
+		}
 	}
-	var conn syscall.RawConn
-	if err == nil {
-		conn, err = ln.(*net.TCPListener).SyscallConn()
-	}
-	if err != nil {
-		ln.Close()
-		return nil, err
-	}
-	return &socket{ln: ln.(*net.TCPListener), conn: conn, net: at.network}, nil
+	return s, nil
 }
 
 // The dispatcher: members without sockets of their own. Their Accepts take
@@ -770,10 +803,13 @@ type dispatcher struct {
 	holding atomic.Int32  // connections in all Listener.held
 	loose   atomic.Int32  // len(free)
 
+	wakeMu sync.Mutex   // held over ln's SetDeadline
+	woken  atomic.Bool  // ln has, or is about to get, a past deadline, which the leader takes back
+	isNets bool         // ln's SetDeadline is known not to block
+	failed atomic.Value // of a struct{ error }: ln ended for good
+
 	mu     sync.Mutex
-	woken  bool        // ln has a past deadline, which the leader takes back; guarded by mu
 	free   []net.Conn  // in hand, for whoever asks next; guarded by mu
-	failed error       // ln ended for good; guarded by mu
 	retry  *time.Timer // offers the lead to a waiter after a passing error; guarded by mu
 	closed bool        // guarded by mu
 }
@@ -837,9 +873,12 @@ func (d *dispatcher) use(ln net.Listener) {
 	}
 	switch ln := ln.(type) { // not by method: a wrapper may hand out connections of its own
 	case *net.TCPListener:
-		d.isTCP = true
+		d.isTCP, d.isNets = true, true
+	case *net.UnixListener:
+		d.isNets = true
 	case *Listener:
 		d.isTCP = ln.ln != nil || ln.g.d.isTCP
+		d.isNets = ln.ln != nil || ln.g.d.isNets
 	}
 }
 
@@ -912,10 +951,11 @@ func (l *Listener) line(w *waiter) (m message, inLine bool) {
 		return message{err: l.opError("accept", net.ErrClosed)}, false
 	case l.expired():
 		return message{err: l.opError("accept", os.ErrDeadlineExceeded)}, false
-	case d.failure() != nil:
-		return message{err: d.failure()}, false
 	case len(l.held) > 0:
 		return message{c: l.unhold(0).c}, false
+	}
+	if failed := d.failed.Load(); failed != nil {
+		return message{err: failed.(struct{ error }).error}, false
 	}
 	w.leads = false
 	if w.since == 0 {
@@ -931,9 +971,9 @@ func (l *Listener) line(w *waiter) (m message, inLine bool) {
 	return message{}, true
 }
 
-// unline takes waiter i out of the line, and sends it m unless that is empty,
-// which is for a leader that unlines itself. It is called under l.mu.
-func (l *Listener) unline(i int, m message) {
+// unline takes waiter i out of the line. It is called under l.mu, by who then
+// sends the waiter a message, or is its leader.
+func (l *Listener) unline(i int) *waiter {
 	w := l.waiters[i]
 	l.waiters = slices.Delete(l.waiters, i, i+1)
 	if len(l.waiters) == 0 {
@@ -941,14 +981,29 @@ func (l *Listener) unline(i int, m message) {
 	} else {
 		l.since.Store(l.waiters[0].since)
 	}
-	if m.c == nil && m.err == nil && !m.lead {
-		return
-	}
+	return w
+}
+
+// end ends the waiting of waiter i with m. It is called under l.mu.
+func (l *Listener) end(i int, m message) {
+	w := l.unline(i)
 	leads := w.leads // once it has the message, it may be another Accept's
 	w.message <- m
 	if leads {
 		l.g.d.wake()
 	}
+}
+
+// out takes a leader's own waiter out of line. It returns false if somebody else
+// did, and has sent it a message.
+func (l *Listener) out(w *waiter) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := slices.Index(l.waiters, w)
+	if i >= 0 {
+		l.unline(i)
+	}
+	return i >= 0
 }
 
 // send gives m to a waiter of the member; to w itself, which is then true, if
@@ -960,19 +1015,19 @@ func (l *Listener) send(m message, w *waiter) (sent, own bool) {
 		return false, false
 	}
 	if i := slices.Index(l.waiters, w); i >= 0 {
-		l.unline(i, message{})
+		l.unline(i)
 		return true, true
 	}
 	// The leader can do it too, but has to be woken.
 	i := max(0, slices.IndexFunc(l.waiters, func(w *waiter) bool { return !w.leads }))
-	l.unline(i, m)
+	l.end(i, m)
 	return true, false
 }
 
 // wakeAll ends every waiting of the member with err. It is called under l.mu.
 func (l *Listener) wakeAll(err error) {
 	for len(l.waiters) > 0 {
-		l.unline(0, message{err: err})
+		l.end(0, message{err: err})
 	}
 }
 
@@ -990,8 +1045,11 @@ func (l *Listener) setTimer(t time.Time) {
 		l.timer = time.AfterFunc(in, func() {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			if l.expired() {
+			switch {
+			case l.expired():
 				l.wakeAll(l.opError("accept", os.ErrDeadlineExceeded))
+			case !l.deadline.IsZero():
+				l.setTimer(l.deadline) // it was put off, or the clock was set back
 			}
 		})
 	}
@@ -1026,7 +1084,7 @@ func (d *dispatcher) lead(l *Listener, w *waiter) message {
 			}
 		case d.rested(err):
 		case isPassing(err):
-			if _, own := l.send(message{}, w); own {
+			if l.out(w) {
 				return message{err: err, rest: true}
 			}
 		default:
@@ -1082,7 +1140,7 @@ func (d *dispatcher) rest() {
 	defer d.mu.Unlock()
 	d.leading.Store(false)
 	if d.retry == nil && !d.closed {
-		d.retry = time.AfterFunc(retryAfter, func() {
+		d.retry = time.AfterFunc(d.g.retryAfter, func() {
 			d.mu.Lock()
 			d.retry = nil
 			d.mu.Unlock()
@@ -1094,12 +1152,23 @@ func (d *dispatcher) rest() {
 }
 
 // wake ends the leader's Accept, which then looks for its message. The leader
-// takes the deadline back (rested): would anybody else, it might not wake.
+// takes the deadline back (rested): would anybody else, it might not wake. It is
+// called under a member's mu.
 func (d *dispatcher) wake() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.woken = true
-	d.deadliner.SetDeadline(longAgo)
+	d.woken.Store(true)
+	if d.isNets {
+		d.setPast()
+	} else {
+		go d.setPast() // who knows what it waits for
+	}
+}
+
+func (d *dispatcher) setPast() {
+	d.wakeMu.Lock()
+	defer d.wakeMu.Unlock()
+	if d.woken.Load() {
+		d.deadliner.SetDeadline(longAgo)
+	}
 }
 
 // rested tells whether an error is that of a wake-up, and takes the deadline
@@ -1109,11 +1178,10 @@ func (d *dispatcher) rested(err error) bool {
 	if !errors.As(err, &ne) || !ne.Timeout() {
 		return false
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	woken := d.woken
+	d.wakeMu.Lock()
+	defer d.wakeMu.Unlock()
+	woken := d.woken.Swap(false)
 	if woken {
-		d.woken = false
 		d.deadliner.SetDeadline(time.Time{})
 	}
 	return woken
@@ -1121,20 +1189,12 @@ func (d *dispatcher) rested(err error) bool {
 
 // fail ends all members' waiting, now and later: the listener is no more.
 func (d *dispatcher) fail(err error) {
-	d.mu.Lock()
-	d.failed = err
-	d.mu.Unlock()
+	d.failed.Store(struct{ error }{err})
 	for _, l := range *d.g.members.Load() {
 		l.mu.Lock()
 		l.wakeAll(err)
 		l.mu.Unlock()
 	}
-}
-
-func (d *dispatcher) failure() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.failed
 }
 
 func (d *dispatcher) anyWaits() bool {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"sync"
@@ -402,6 +403,8 @@ func (c *conns) Accept() (net.Conn, error) {
 	select {
 	case conn := <-c.conns:
 		return conn, nil
+	case err := <-c.errs:
+		return nil, err
 	case <-c.done:
 		return nil, net.ErrClosed
 	case <-wake:
@@ -560,3 +563,99 @@ func TestListenGroupIsAllOrNothing(t *testing.T) {
 		}
 	})
 }
+
+// An error that may pass, in the very moment in which the leader's own waiting
+// ends, must not end anybody else's without a word.
+func TestPassingErrorWhileLeaderTimesOut(t *testing.T) {
+	noLeaks(t)
+	ln := newConns()
+	_, ls := dispatchTest(t, ln, 1)
+	l := ls[0]
+	for range count(300, 20) {
+		a := blocked(t, l)
+		b := blocked(t, l)
+		l.mu.Lock() // what SetDeadline and Close do to the leader
+		l.end(max(0, leaderOf(l)), message{err: os.ErrDeadlineExceeded})
+		l.mu.Unlock()
+		select {
+		case ln.errs <- outOfFiles{}: // it may be out already
+		case <-time.After(time.Millisecond):
+		}
+		first, second := a, b
+		select {
+		case r := <-a:
+			require.Error(t, r.err)
+		case r := <-b:
+			require.Error(t, r.err)
+			second = a
+			first = b
+		case <-time.After(limit(5 * time.Second)):
+			t.Fatal("nobody's waiting has ended")
+		}
+		_ = first
+		c := newPipeConn(t)
+		select {
+		case r := <-second: // the error was this one's
+			require.Error(t, r.err)
+			continue
+		case ln.conns <- c:
+			require.Equal(t, net.Conn(c), get(t, second).c)
+		case <-time.After(limit(5 * time.Second)):
+			t.Fatal("the other one is forgotten")
+		}
+	}
+}
+
+func leaderOf(l *Listener) int {
+	for i, w := range l.waiters {
+		if w.leads {
+			return i
+		}
+	}
+	return -1
+}
+
+// A context that ends just when the group's first socket is open closes it.
+func TestContextEndsWhileOpening(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		for range 40 {
+			ctx, cancel := context.WithCancel(context.Background())
+			calls := 0
+			lc := net.ListenConfig{Control: func(string, string, syscall.RawConn) error {
+				if calls++; calls == 2 {
+					cancel()
+				}
+				return nil
+			}}
+			g, err := ListenGroup(ctx, "tcp", "127.0.0.1:0", 2, m.opt, WithListenConfig(lc))
+			if err == nil {
+				require.NoError(t, g.Close())
+			}
+			lc.Control = func(string, string, syscall.RawConn) error { cancel(); return nil }
+			ln, err := ListenContext(ctx, "tcp", "127.0.0.1:0", m.opt, WithListenConfig(lc))
+			if err == nil {
+				require.NoError(t, ln.Close())
+			}
+			cancel()
+		}
+	})
+}
+
+// A logger may do what it likes, Listen included.
+func TestLoggerMayListen(t *testing.T) {
+	noLeaks(t)
+	log := slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) {
+		ln, err := Listen("tcp", "127.0.0.1:0", WithDispatcher())
+		if err == nil {
+			err = ln.Close()
+		}
+		return len(b), err
+	}), nil))
+	g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", WithDispatcher(), WithLogger(log))
+	require.NoError(t, ls[0].Close())
+	require.NoError(t, g.Close())
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }

@@ -14,10 +14,12 @@ package lblisten
 //     with an Accept counted in, and kicks it (Listener.kick). One of the two
 //     sees the other.
 //   - A kick is a mark in the word that counts the Accepts. Whichever Accept of
-//     the member counts itself out while the mark is set, takes the mark away
-//     and has the ready sockets look for a member again (Listener.leave): so a
-//     member that closes, times out or returns with a connection of its own in
-//     the instant in which it is kicked passes the kick on.
+//     the member counts itself out while the mark is set, takes the mark away.
+//     From then on it owes a look: it takes from a ready socket, and when it
+//     returns, for whatever reason, it has the sockets that are still ready look
+//     for a member again (group.offerReady): so a member that closes, times out
+//     or returns with a connection of its own in the instant in which it is
+//     kicked passes the kick on.
 //   - Who takes from a socket holds its token, and before giving that back looks
 //     whether more is waiting: if so he kicks the next member, else he sends the
 //     watch back to waiting.
@@ -53,6 +55,7 @@ type watch struct {
 	g     *group
 	owner *Listener // who alone takes from it; nil: any member, the socket is shared
 
+	used  atomic.Int64  // when it was shared, or taken from last: Unix time in ns
 	ready atomic.Bool   // a connection waits; counted in g.ready
 	token sync.Mutex    // held by who takes, only ever tried by members; for ever once stopped
 	rearm chan struct{} // the socket was found empty
@@ -69,16 +72,21 @@ func (g *group) watch(s *socket, owner *Listener) *watch {
 		rearm: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{})}
 }
 
-// share makes sockets shared ones. It is called under g.mu.
+// share makes sockets shared ones: what waits in them is to be had when it
+// returns. It is called under g.mu.
 func (g *group) share(socks []*socket) {
 	shared := append([]*watch(nil), *g.shared.Load()...)
-	for _, s := range socks {
+	marked := make([]bool, len(socks))
+	for i, s := range socks {
 		w := g.watch(s, nil)
+		w.used.Store(time.Now().UnixNano())
+		marked[i] = w.readable() && w.mark()
 		shared = append(shared, w)
-		// What waits is to be had when the member's Close returns.
-		go w.run(w.readable() && w.mark())
 	}
 	g.shared.Store(&shared)
+	for i, w := range shared[len(shared)-len(socks):] {
+		go w.run(marked[i]) // only now: whom it kicks must find it
+	}
 }
 
 // adopt takes a shared socket out of the group for a new member; nil if there
@@ -127,7 +135,7 @@ func (w *watch) run(marked bool) {
 // after stop.
 func (w *watch) offerUntilEmpty() bool {
 	w.offer()
-	retry := time.NewTicker(retryAfter)
+	retry := time.NewTicker(w.g.retryAfter)
 	defer retry.Stop()
 	for {
 		select {
@@ -216,6 +224,7 @@ func (g *group) lookAgain() {
 			w.lookAgain()
 		}
 	}
+	g.k.tick()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !g.dying {
@@ -232,6 +241,22 @@ func (w *watch) lookAgain() {
 	}
 }
 
+// offerReady offers what waits in the watched sockets that a member may take
+// from.
+func (g *group) offerReady(l *Listener) {
+	if g.ready.Load() == 0 {
+		return
+	}
+	if l.side != nil && l.side.ready.Load() {
+		l.side.offer()
+	}
+	for _, w := range *g.shared.Load() {
+		if w.ready.Load() {
+			w.offer()
+		}
+	}
+}
+
 // take accepts a connection from the socket, if one waits and nobody else is
 // taking: nil and no error if not.
 func (w *watch) take() (*net.TCPConn, error) {
@@ -244,6 +269,7 @@ func (w *watch) take() (*net.TCPConn, error) {
 	}
 	w.s.ln.SetDeadline(time.Now().Add(takeTimeout))
 	c, err := w.s.ln.AcceptTCP()
+	w.used.Store(time.Now().UnixNano())
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = nil
 	}

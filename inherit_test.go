@@ -410,3 +410,30 @@ func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 		require.NoError(t, g.adopt(g.at.network).ln.Close()) // keep the number of sockets low
 	}
 }
+
+// A blocked heir is served at once, however many siblings close together.
+func TestHeirOfManyIsWoken(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	defer func(d time.Duration) { retryAfter = d }(retryAfter)
+	retryAfter = time.Hour
+	for range count(20, 3) {
+		g, _ := newTestGroup(t, count(100, 20), "tcp", "127.0.0.1:0", WithRequireKernel())
+		heir := joinTest(t, g.Listeners()[0], WithRequireKernel())
+		for heir.inQueue() == 0 && g.Stats().Queued < 1 {
+			dialTest(t, g.Addr())
+		}
+		if heir.inQueue() > 0 {
+			acceptWithin(t, heir)
+			dialTest(t, g.Addr())
+		}
+		got := make(chan result, 1)
+		go func() {
+			c, err := heir.Accept()
+			got <- result{c, err}
+		}()
+		require.NoError(t, g.Close())
+		require.NoError(t, get(t, got).err)
+		require.NoError(t, heir.Close())
+	}
+}

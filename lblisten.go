@@ -243,7 +243,7 @@ func WithReusePort() Option {
 // The kernel's sockets know SteerFlow; anything else is [ErrUnsupported] there
 // and works with [WithDispatcher].
 func WithSteering(s Steering) Option {
-	return Option{"WithSteering", func(c *config) { c.lb, c.steered, c.steering = true, true, s }}
+	return Option{"WithSteering", func(c *config) { c.lb, c.steering = true, s }}
 }
 
 // WithBacklog sets the length of the accept queue of a member's socket to n,

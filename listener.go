@@ -33,13 +33,14 @@ type Listener struct {
 	inherited atomic.Uint64
 	_         cpu.CacheLinePad
 
-	g     *group
-	id    uint64 // for rendezvous hashing
-	log   *slog.Logger
-	ln    *net.TCPListener // of socks[0]; nil if the dispatcher balances
-	socks []*socket        // its own
-	side  *watch           // of socks[1], where a dual-stack member has two
-	left  bool             // it is no member any more; guarded by g.mu
+	g        *group
+	id       uint64 // for rendezvous hashing
+	log      *slog.Logger
+	ln       *net.TCPListener // of socks[0]; nil if the dispatcher balances
+	socks    []*socket        // its own
+	side     *watch           // of socks[1], where a dual-stack member has two
+	onAccept func()           // nil but for steering by load
+	left     bool             // it is no member any more; guarded by g.mu
 
 	idle     chan struct{} // closed when the member is closed and no Accept is in progress
 	idleOnce sync.Once
@@ -98,76 +99,84 @@ func (l *Listener) AcceptTCP() (*net.TCPConn, error) {
 
 // acceptOwn accepts from the member's own socket, or takes from a shared one.
 func (l *Listener) acceptOwn() (*net.TCPConn, error) {
-	for {
+	for owes := false; ; { // whether a kick was meant for this Accept
 		state := l.state.Add(1)
-		if state&closedMark != 0 {
-			l.leave()
-			return nil, l.opError("accept", net.ErrClosed)
-		}
-		if l.g.ready.Load() != 0 {
-			if c, err := l.takeShared(state&countMask == 1); c != nil || err != nil {
-				l.leave()
-				return c, err
-			}
-		}
-		c, err := l.ln.AcceptTCP()
-		l.leave()
+		c, err := l.acceptOnce(state)
+		owes = l.leave() || owes
 		if err == nil {
 			l.accepted.Add(1)
+			if l.onAccept != nil {
+				l.onAccept()
+			}
+			if owes {
+				l.g.offerReady(l)
+			}
 			return c, nil
 		}
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, err
+		timeout := errors.Is(err, os.ErrDeadlineExceeded)
+		if timeout && l.wokenSince(state) {
+			continue
 		}
-		// The user's deadline has passed, or a wake-up looked like it.
-		l.mu.Lock()
-		now := l.state.Load()
-		expired := l.expired()
-		l.mu.Unlock()
-		if now&closedMark != 0 {
-			return nil, l.opError("accept", net.ErrClosed)
+		if owes && (timeout || errors.Is(err, net.ErrClosed)) {
+			// Not after other errors: who is kicked then gets the same one.
+			l.g.offerReady(l)
 		}
-		woken := state&kickedMark != 0 || now/wakeUnit != state/wakeUnit
-		if expired || !woken {
-			return nil, err
-		}
+		return nil, err
 	}
 }
 
-// leave counts an Accept out. It is all there is to it on the fast path.
-func (l *Listener) leave() {
-	if state := l.state.Add(^uint64(0)); state&(kickedMark|closedMark) != 0 {
-		l.leaveMarked(state)
+// acceptOnce is one try of an Accept that was counted in with state.
+func (l *Listener) acceptOnce(state uint64) (*net.TCPConn, error) {
+	if state&closedMark != 0 {
+		return nil, l.opError("accept", net.ErrClosed)
 	}
+	if l.g.ready.Load() != 0 {
+		if c, err := l.takeShared(state&countMask == 1); c != nil || err != nil {
+			return c, err
+		}
+	}
+	c, err := l.ln.AcceptTCP()
+	if op, ok := err.(*net.OpError); ok && l.side != nil {
+		return nil, l.opError(op.Op, op.Err) // one of two sockets, with an address of its own
+	}
+	return c, err
+}
+
+// wokenSince tells whether a timeout was a wake-up and not the user's deadline,
+// for an Accept that was counted in with state.
+func (l *Listener) wokenSince(state uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.state.Load()
+	woken := state&kickedMark != 0 || now/wakeUnit != state/wakeUnit
+	return now&closedMark != 0 || woken && !l.expired()
+}
+
+// leave counts an Accept out. It is all there is to it on the fast path. It
+// returns true if the member was kicked, so that this Accept now owes a look at
+// the watched sockets.
+func (l *Listener) leave() bool {
+	state := l.state.Add(^uint64(0))
+	return state&(kickedMark|closedMark) != 0 && l.leaveMarked(state)
 }
 
 // leaveMarked is leave for a member that was kicked, closed, or both.
-func (l *Listener) leaveMarked(state uint64) {
+func (l *Listener) leaveMarked(state uint64) bool {
 	if state&closedMark != 0 && state&countMask == 0 {
 		l.idleOnce.Do(func() { close(l.idle) })
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	state = l.state.Load()
-	kicked := state&kickedMark != 0
-	if kicked {
-		if state&closedMark == 0 {
-			l.ln.SetDeadline(l.deadline)
-		}
-		// After that: an Accept that sees no mark blames nobody else for a timeout.
-		l.state.Add(^uint64(kickedMark - 1))
+	if state&kickedMark == 0 {
+		return false
 	}
-	l.mu.Unlock()
-	if kicked && l.g.ready.Load() != 0 {
-		// The kick may have been in vain, and other sockets may be ready.
-		if l.side != nil && l.side.ready.Load() {
-			l.side.offer()
-		}
-		for _, w := range *l.g.shared.Load() {
-			if w.ready.Load() {
-				w.offer()
-			}
-		}
+	if state&closedMark == 0 {
+		l.ln.SetDeadline(l.deadline)
 	}
+	// After that: an Accept that sees no mark blames nobody else for a timeout.
+	l.state.Add(^uint64(kickedMark - 1))
+	return true
 }
 
 // kick wakes an Accept of the member, so that it looks at the watched sockets,
@@ -216,11 +225,8 @@ func (l *Listener) takeShared(alone bool) (*net.TCPConn, error) {
 			continue
 		}
 		l.ownTurn.Store(true)
-		if c != nil {
-			l.accepted.Add(1)
-			if w.owner == nil {
-				l.inherited.Add(1)
-			}
+		if c != nil && w.owner == nil {
+			l.inherited.Add(1)
 		}
 		return c, err
 	}
@@ -379,5 +385,5 @@ func (l *Listener) Stats() Stats {
 
 // opError has the form of net's errors for a listener.
 func (l *Listener) opError(op string, err error) error {
-	return &net.OpError{Op: op, Net: l.g.addr.Network(), Addr: l.g.addr, Err: err}
+	return &net.OpError{Op: op, Net: l.g.network, Addr: l.g.addr, Err: err}
 }
