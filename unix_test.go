@@ -162,3 +162,63 @@ func TestUnprivileged(t *testing.T) {
 	require.Contains(t, string(out), "--- PASS: TestSiblingInheritsQueue/", "nothing was run: %s", out)
 	t.Logf("%d tests passed as uid %d", strings.Count(string(out), "--- PASS"), nobody)
 }
+
+// An error of a shared socket reaches one of the Accepts that wait, not all.
+func TestOneErrorReachesOneAccept(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	require.Equal(t, "ok\n", runWorker(t, "oneError"))
+}
+
+func init() { workers["oneError"] = oneError }
+
+func oneError() {
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	retryAfter = time.Hour
+	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 12, WithRequireKernel())
+	must(err)
+	ls := g.Listeners()
+	for !ls[0].ownReadable() {
+		_, err := net.Dial("tcp", g.Addr().String())
+		must(err)
+	}
+	// Everybody else has an empty queue and waits.
+	for _, l := range ls[1:] {
+		for l.ownReadable() {
+			_, err := l.Accept()
+			must(err)
+		}
+	}
+	errs := make(chan error, len(ls))
+	for _, l := range ls[1:] {
+		go func() {
+			_, err := l.Accept()
+			errs <- err
+		}()
+		for l.state.Load()&countMask == 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
+	var files []*os.File
+	for {
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			break
+		}
+		files = append(files, f)
+	}
+	must(ls[0].Close())
+	if err := <-errs; !errors.Is(err, unix.EMFILE) {
+		panic(fmt.Sprintf("Accept returned %v, want EMFILE", err))
+	}
+	time.Sleep(limit(100 * time.Millisecond))
+	if len(errs) != 0 {
+		panic(fmt.Sprintf("%d more Accepts returned: %v", len(errs), <-errs))
+	}
+	fmt.Println("ok")
+}

@@ -30,8 +30,9 @@ type burst struct {
 	done    chan struct{} // every client is
 
 	// Set when done is closed.
-	served, refused, unanswered int
-	why                         error // of the first unanswered client
+	served              []int // the ports of these clients
+	refused, unanswered int
+	why                 error // of the first unanswered client
 }
 
 type client struct {
@@ -146,7 +147,7 @@ func (b *burst) count() {
 				b.why = innermost(c.err)
 			}
 		case c.failed == nil:
-			b.served++
+			b.served = append(b.served, c.conn.LocalAddr().(*net.TCPAddr).Port)
 		}
 	}
 }

@@ -2,7 +2,8 @@ package main
 
 // To be exact about a killed worker: what had it accepted? Its records miss a
 // connection if it dies between the two. So it is stopped first, and the kernel
-// is asked.
+// is asked. That takes some milliseconds in which its queues fill: more is at
+// stake than without.
 
 import (
 	"fmt"
@@ -27,7 +28,8 @@ var dieWithParent = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 func init() { runtime.LockOSThread() }
 
 // freeze stops a process and returns the client ports of the connections to
-// addr that it has accepted.
+// addr that it has accepted, some of them twice: /proc/net/tcp is like that while
+// connections come and go.
 func freeze(pid int, addr string) (ports []int, err error) {
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		return nil, os.NewSyscallError("kill", err)

@@ -17,7 +17,7 @@
 // had accepted already have died with the process, and are counted apart, from
 // records that a worker writes into a pipe before it answers.
 //
-//	go run ./examples/demo            # half a minute at most
+//	go run ./examples/demo            # some seconds
 //	go run ./examples/demo -compare   # the same with go-reuseport beside it
 //	go run ./examples/demo -json      # for programs
 //

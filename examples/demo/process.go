@@ -152,6 +152,7 @@ func (p *process) kill() error {
 	}
 	for _, port := range held {
 		if !recorded[port] {
+			recorded[port] = true // the kernel's list may have it twice
 			p.accepted = append(p.accepted, acceptedConn{unknownListener, port})
 		}
 	}

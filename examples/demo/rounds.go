@@ -224,20 +224,12 @@ func (e *experiment) round(ctx context.Context, s scene, workers []*process, vic
 	if err := b.awaitReady(ctx); err != nil {
 		return t, "", err
 	}
-	gone := false
-	switch s.event {
-	case listenerCloses:
-		_, err = v.ask(fmt.Sprintf("close %d", listener))
-	case workerStops:
-		gone, err = true, v.stop()
-	case workerDies:
-		gone, err = true, v.kill()
-	}
+	gone, err := happen(s.event, v, listener)
 	if err != nil {
 		return t, "", err
 	}
 	for _, w := range workers {
-		if s.standing && !(gone && w == v) {
+		if s.standing && w != gone {
 			if _, err := w.ask("accept"); err != nil {
 				return t, "", err
 			}
@@ -249,36 +241,28 @@ func (e *experiment) round(ctx context.Context, s scene, workers []*process, vic
 	}
 	defer b.close()
 
-	// A worker's answer comes after the records of all that it accepted before,
-	// and so does the end of its output.
-	accepted := 0
+	t = tally{Case: s.String(), Rounds: 1, Connections: n, Served: len(b.served), Refused: b.refused, Claimed: claimed}
 	for i, w := range workers {
-		if !(gone && w == v) {
+		// The report comes after the records of all that was accepted before, and
+		// so does the end of a worker that is gone.
+		if w != gone {
 			if _, err := w.ask("report"); err != nil {
 				return t, "", err
 			}
 		}
 		t.Inherited += w.last.Inherited
 		for _, a := range w.acceptedConns() {
-			accepted++
 			if a.listener != unknownListener {
 				res.Accepted[i][a.listener]++
 			}
 		}
 	}
 	t.Inherited -= inherited
-
-	// Every client that was served was accepted and recorded before. So what was
-	// accepted beyond that has died, and the rest of the unanswered is lost.
-	t.Case, t.Rounds, t.Connections = s.String(), 1, n
-	t.Served, t.Refused = b.served, b.refused
-	t.Died = accepted - b.served
-	if t.Died < 0 || t.Died > b.unanswered || t.Died > 0 && !gone {
-		t.Unaccounted = max(t.Died, -t.Died)
-		t.Died = 0
+	t.Died, t.Unaccounted = compareRecords(b, workers, gone)
+	t.Lost = b.unanswered - t.Died - t.Unaccounted
+	if t.Lost < 0 { // more have died than were unanswered: that must not be either
+		t.Unaccounted, t.Lost = t.Unaccounted-t.Lost, 0
 	}
-	t.Lost = max(0, b.unanswered-t.Died-t.Unaccounted)
-	t.Claimed = claimed
 	if claimed {
 		t.Broken = t.Lost
 	}
@@ -286,16 +270,54 @@ func (e *experiment) round(ctx context.Context, s scene, workers []*process, vic
 		why = fmt.Sprintf(" (%v)", b.why)
 	}
 
-	if gone {
-		again, err := startWorker(v.by, v.last.Addr)
-		if err != nil {
-			return t, "", err
-		}
-		workers[victim] = again
-		return t, why, nil
+	if gone == nil {
+		_, err = v.ask(fmt.Sprintf("open %d", listener))
+		return t, why, err
 	}
-	_, err = v.ask(fmt.Sprintf("open %d", listener))
+	again, err := startWorker(v.by, v.last.Addr)
+	if err == nil {
+		workers[victim] = again
+	}
 	return t, why, err
+}
+
+// happen makes the event happen to a worker, and returns it if it is gone now.
+func happen(what event, w *process, listener int) (gone *process, err error) {
+	switch what {
+	case listenerCloses:
+		_, err = w.ask(fmt.Sprintf("close %d", listener))
+		return nil, err
+	case workerStops:
+		return w, w.stop()
+	}
+	return w, w.kill()
+}
+
+// compareRecords holds what the workers accepted against what the clients got.
+// A connection that the worker that is gone had accepted, and no client had an
+// answer on, has died. Any other difference must not be.
+func compareRecords(b *burst, workers []*process, gone *process) (died, unaccounted int) {
+	open := make(map[int]int) // accepted and not answered, by the client's port
+	for _, w := range workers {
+		for _, a := range w.acceptedConns() {
+			open[a.clientPort]++
+		}
+	}
+	for _, port := range b.served {
+		open[port]--
+	}
+	if gone != nil {
+		for _, a := range gone.acceptedConns() {
+			if open[a.clientPort] > 0 {
+				open[a.clientPort]--
+				died++
+			}
+		}
+	}
+	for _, n := range open {
+		unaccounted += max(n, -n)
+	}
+	return died, unaccounted
 }
 
 // describe notes what is in force.

@@ -20,7 +20,8 @@ func printVerdict(out io.Writer, v verdict) {
 	fmt.Fprint(out, `
 lost: neither answered nor refused, and no Accept had returned the connection
 died: Accept had returned it to the process, which died with it unanswered
-inherited: accepted from the queue that a closed listener left to its siblings
+inherited: accepted from the queue that a closed listener left to its siblings; what
+  the kernel migrates by itself, or waits in the one queue of a dispatcher, isn't counted
 `)
 	if ours := v.Runs[0]; ours.Workers > 1 {
 		fmt.Fprintf(out, "While all stand still, about 1 in %d connections waits for the worker that goes,\n"+
@@ -62,7 +63,7 @@ func printTable(out io.Writer, r *result) {
 		claim := t.claim()
 		if i == len(r.Cases) {
 			fmt.Fprintln(out, strings.Repeat("-", 108))
-			claim = "" // it is the cases' affair
+			claim = "-" // each case has its own
 		}
 		fmt.Fprintf(out, format, t.Case, t.Connections, t.Served, t.Lost, t.Died, t.Refused, t.Inherited, claim)
 	}
@@ -77,7 +78,7 @@ func printComparison(out io.Writer, ours, theirs *result) {
 		u, claim := theirs.rows()[i], t.claim()
 		if i == len(ours.Cases) {
 			fmt.Fprintln(out, strings.Repeat("-", 145))
-			claim = ""
+			claim = "-"
 		}
 		fmt.Fprintf(out, format, t.Case, t.Connections, t.Served, t.Lost, t.Died, t.Refused, t.Inherited, claim,
 			u.Served, u.Lost, u.Died, u.Refused)

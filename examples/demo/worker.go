@@ -171,8 +171,8 @@ func (w *worker) hold() {
 	w.loops.Wait()
 }
 
-// setDeadline has no error but that of a listener that is closed, and what
-// accepts on it has ended anyway.
+// setDeadline fails only if the listener is closed, and then nothing accepts on
+// it any more.
 func setDeadline(ln net.Listener, t time.Time) {
 	ln.(interface{ SetDeadline(time.Time) error }).SetDeadline(t)
 }
