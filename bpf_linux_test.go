@@ -83,6 +83,11 @@ func networkWorker() {
 	ifr.SetUint16(unix.IFF_UP)
 	check(unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr))
 	unix.Close(fd)
+	// Addresses of its own for IPv6 clients, which have no 127.0.0.0/8.
+	if ip, err := exec.LookPath("ip"); err == nil {
+		check(exec.Command(ip, "-6", "route", "add", "local", "fd00::/16", "dev", "lo").Run())
+		check(os.WriteFile("/proc/sys/net/ipv6/ip_nonlocal_bind", []byte("1"), 0))
+	}
 	if s.Sysctl {
 		check(os.WriteFile("/proc/sys/net/ipv4/tcp_migrate_req", []byte("1"), 0))
 	}
@@ -116,12 +121,20 @@ func holderWorker() {
 	}
 	g, err := ListenGroup(context.Background(), "tcp", os.Getenv("LBLISTEN_TEST_ADDRESS"), 4, opts...)
 	check(err)
+	if os.Getenv("LBLISTEN_TEST_HALFOPEN") != "" {
+		for _, l := range g.Listeners() {
+			check(onSocket(l.socks[0], onlySYN))
+		}
+	}
 	i := g.Info()
 	check(json.NewEncoder(os.Stdout).Encode(holderInfo{g.Addr().String(), i.OnClose, i.OnKill, fmt.Sprint(i.Reason)}))
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
 		switch in.Text() {
 		case "accept":
+			for _, l := range g.Listeners() {
+				onSocket(l.socks[0], func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) })
+			}
 			go g.Serve(func(l net.Listener) error {
 				for {
 					c, err := l.Accept()
@@ -145,11 +158,25 @@ func holderWorker() {
 	}
 }
 
+// onlySYN makes a listening socket drop what isn't a SYN, so that handshakes
+// stay half-open: the client is connected, the server doesn't know yet.
+func onlySYN(fd int) error {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: 13}, // flags
+		{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: 2, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0xffff},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+}
+
 type holderInfo struct {
 	Address         string
 	OnClose, OnKill Inheritance
 	Reason          string
 }
+
+const capNetAdmin, capBPF = 12, 39 // linux/capability.h
 
 // holder is a holderWorker as its parent sees it.
 type holder struct {
@@ -183,9 +210,9 @@ func (h *holder) say(word string) {
 
 // outcome is what an experiment has counted.
 type outcome struct {
-	Info                 holderInfo
-	Connections          int
-	Served, Lost, Halves int
+	Info         holderInfo
+	Connections  int
+	Served, Lost int
 }
 
 // experimentWorker is the review's experiment: two processes with four
@@ -226,6 +253,69 @@ func experimentWorker() {
 	b.in.Close()
 	b.cmd.Wait()
 	check(json.NewEncoder(os.Stdout).Encode(o))
+}
+
+// The same for connections that are half-open when the process is killed.
+func TestHalfOpenConnectionsMigrate(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	for _, s := range []sandbox{
+		{name: "root", kernel: true},
+		{name: "no program, sysctl", uid: nobody, caps: []uintptr{capNetAdmin}, sysctl: true, kernel: true},
+		{name: "no program", uid: nobody, caps: []uintptr{capNetAdmin}},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			n := count(2000, 200)
+			var o outcome
+			s.run(t, "experiment", &o, "LBLISTEN_TEST_END=kill", "LBLISTEN_TEST_HALFOPEN=1", "LBLISTEN_TEST_CONNECTIONS="+strconv.Itoa(n))
+			t.Logf("%d half-open connections: %d served, %d lost", n, o.Served, o.Lost)
+			require.Equal(t, n, o.Served+o.Lost)
+			if s.kernel {
+				require.Zero(t, o.Lost)
+			}
+		})
+	}
+}
+
+func init() { workers["rounds"] = roundsWorker }
+
+// roundsWorker has one process that accepts, and again and again a second one
+// that doesn't and is killed, under continuous dials.
+func roundsWorker() {
+	a := startHolder("127.0.0.1:0")
+	a.say("accept")
+	d := startLoad(32, "tcp", a.Address)
+	for range 20 {
+		b := startHolder(a.Address)
+		time.Sleep(100 * time.Millisecond)
+		check(b.cmd.Process.Kill())
+		b.cmd.Wait()
+	}
+	d.stop.Store(true)
+	d.wg.Wait()
+	o := outcome{Info: a.holderInfo, Served: int(d.served.Load()), Lost: int(d.failed.Load())}
+	o.Connections = o.Served + o.Lost
+	a.in.Close()
+	a.cmd.Wait()
+	check(json.NewEncoder(os.Stdout).Encode(o))
+}
+
+// Twenty times a process is killed that has not accepted, under continuous
+// dials: with the program and with the sysctl every dial is answered. The
+// kernel's migration itself loses about one connection in 1000 closes of a
+// socket under saturation; 80 are closed here, and one is allowed for.
+func TestTwentyKillsUnderContinuousDials(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	for _, s := range []sandbox{{name: "root"}, {name: "no privilege, sysctl", uid: nobody, sysctl: true}} {
+		t.Run(s.name, func(t *testing.T) {
+			var o outcome
+			s.run(t, "rounds", &o)
+			t.Logf("%d connections, %d lost", o.Connections, o.Lost)
+			require.Equal(t, InheritKernel, o.Info.OnKill)
+			require.LessOrEqual(t, o.Lost, 1)
+		})
+	}
 }
 
 // filterBPF makes bpf(2) fail in this process from now on, as the filters of
@@ -298,7 +388,7 @@ func TestExperiment(t *testing.T) {
 	needBPF(t)
 	noLeaks(t)
 	path := pin(t)
-	const capNetAdmin, capBPF = 12, 39
+
 	for _, s := range []sandbox{
 		{name: "root", kernel: true},
 		{name: "no privilege", uid: nobody, reason: "operation not permitted; give the process CAP_BPF or set net.ipv4.tcp_migrate_req=1"},

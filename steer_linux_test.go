@@ -1,0 +1,488 @@
+package lblisten
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/libp2p/go-reuseport"
+	"github.com/stretchr/testify/require"
+	cbpf "golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// packet is an IP header and a few bytes, as the classic program sees it in the
+// virtual machine, where network offsets don't exist: they are plain ones there.
+func inMachine(t *testing.T, p []cbpf.Instruction) *cbpf.VM {
+	t.Helper()
+	p = slices.Clone(p)
+	for i, in := range p {
+		if l, ok := in.(cbpf.LoadAbsolute); ok {
+			l.Off -= 0xfff00000
+			p[i] = l
+		}
+	}
+	vm, err := cbpf.NewVM(p)
+	require.NoError(t, err)
+	return vm
+}
+
+func header4(src net.IP) []byte {
+	b := make([]byte, 40)
+	b[0] = 0x45
+	copy(b[12:], src.To4())
+	return b
+}
+
+func header6(src net.IP) []byte {
+	b := make([]byte, 60)
+	b[0] = 0x60
+	copy(b[8:], src.To16())
+	return b
+}
+
+// The classic program gives each source one live place and uses all of them.
+func TestClassicProgram(t *testing.T) {
+	for _, live := range [][]int{{0}, {0, 1, 2, 3}, {1, 3, 4}, {7, 0, 5, 2, 9}} {
+		vm := inMachine(t, classicProgram(SteerSource, live))
+		got := make(map[int]int)
+		for i := range 200 {
+			for _, packet := range [][]byte{header4(net.IPv4(192, 0, 2, byte(i))), header6(net.ParseIP(fmt.Sprintf("2001:db8::%x", i+1)))} {
+				place, err := vm.Run(packet)
+				require.NoError(t, err)
+				require.Contains(t, live, place)
+				again, err := vm.Run(packet)
+				require.NoError(t, err)
+				require.Equal(t, place, again)
+				got[place]++
+			}
+		}
+		require.Len(t, got, len(live))
+	}
+	_, err := cbpf.Assemble(classicProgram(SteerFlow, make([]int, 1000)))
+	require.NoError(t, err)
+}
+
+// steered runs what must hold in one state of privilege, in this process.
+func init() { workers["steer"] = steerWorker }
+
+type steerResult struct {
+	Err      string
+	Info     map[string]string
+	Strayed  int // sources that were seen at more than one member
+	Used     int // members that got a connection
+	Sources  int
+	Accepted []int64
+}
+
+// steerWorker has clients from 32 sources of each family connect 20 times each
+// to four members that steer by source.
+func steerWorker() {
+	var r steerResult
+	g, err := ListenGroup(context.Background(), "tcp", ":0", 4, WithRequireKernel(), WithSteering(SteerSource))
+	if err != nil {
+		r.Err = err.Error()
+		check(json.NewEncoder(os.Stdout).Encode(r))
+		return
+	}
+	i := g.Info()
+	r.Info = map[string]string{"steering": i.Steering.String(), "onkill": i.OnKill.String(), "reason": fmt.Sprint(i.Reason)}
+	var mu sync.Mutex
+	seen := make(map[string]map[int]bool)
+	used := make(map[int]bool)
+	var wg sync.WaitGroup
+	for m, l := range g.Listeners() {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				src := c.RemoteAddr().(*net.TCPAddr).IP.String()
+				mu.Lock()
+				if seen[src] == nil {
+					seen[src] = make(map[int]bool)
+				}
+				seen[src][m], used[m] = true, true
+				mu.Unlock()
+				c.Write([]byte("x"))
+				c.Close()
+			}
+		}()
+	}
+	port := g.Addr().(*net.TCPAddr).Port
+	for i := range 32 {
+		for _, pair := range [][2]net.IP{{net.IPv4(127, 0, 1, byte(i+1)), net.IPv4(127, 0, 0, 1)}, {net.ParseIP(fmt.Sprintf("fd00::%x", i+1)), net.ParseIP("fd00::1")}} {
+			for range 20 {
+				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: pair[0]}, Timeout: 5 * time.Second}
+				c, err := d.Dial("tcp", (&net.TCPAddr{IP: pair[1], Port: port}).String())
+				check(err)
+				_, err = c.Read(make([]byte, 1))
+				check(err)
+				c.(*net.TCPConn).SetLinger(0)
+				c.Close()
+			}
+		}
+	}
+	// Members come and go; a source still has one member while they don't.
+	check(g.Close())
+	wg.Wait()
+	for _, ms := range seen {
+		if len(ms) > 1 {
+			r.Strayed++
+		}
+	}
+	r.Sources, r.Used = len(seen), len(used)
+	check(json.NewEncoder(os.Stdout).Encode(r))
+}
+
+// Each of 32 IPv4 and 32 IPv6 sources stays at one member, with the program that
+// migrates as well as with the classic one that takes no privilege.
+func TestSteerSourceByKernel(t *testing.T) {
+	noLeaks(t)
+	for _, s := range []sandbox{
+		{name: "root", kernel: true},
+		{name: "no privilege", uid: nobody, reason: "a classic program steers"},
+		{name: "no privilege, sysctl", uid: nobody, sysctl: true, kernel: true},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			for _, mptcp := range []string{"0", "2"} {
+				var r steerResult
+				s.run(t, "steer", &r, "GODEBUG=multipathtcp="+mptcp)
+				require.Empty(t, r.Err)
+				t.Logf("%+v", r)
+				require.Equal(t, "source", r.Info["steering"])
+				require.Equal(t, 64, r.Sources)
+				require.Zero(t, r.Strayed)
+				require.GreaterOrEqual(t, r.Used, 3)
+				if s.kernel {
+					require.Equal(t, "kernel", r.Info["onkill"])
+				} else {
+					require.Equal(t, "none", r.Info["onkill"])
+					require.Contains(t, r.Info["reason"], s.reason)
+				}
+			}
+		})
+	}
+}
+
+// A socket of a stranger joins the kernel's group: the program lets go, both are
+// served, and Info says so. When it has gone, the program (one with a table) is
+// back. A second process that asks for steering is refused at once.
+func TestProgramNeverStarvesOthers(t *testing.T) {
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerSource))
+	var wg sync.WaitGroup
+	var accepted, foreign atomic.Int64
+	for _, l := range ls {
+		wg.Add(1)
+		go echo(&wg, l, &accepted)
+	}
+	d := new(load)
+	for range 20 {
+		d.one("tcp", g.Addr().String())
+	}
+	require.Equal(t, SteerSource, g.Info().Steering)
+	require.Equal(t, 1, min(1, int(min(ls[0].Stats().Accepted, 20)+min(ls[1].Stats().Accepted, 20))))
+	require.True(t, ls[0].Stats().Accepted == 0 || ls[1].Stats().Accepted == 0, "one source went to two members")
+
+	stranger, err := reuseport.Listen("tcp", g.Addr().String())
+	require.NoError(t, err)
+	wg.Add(1)
+	go echo(&wg, stranger, &foreign)
+	require.Eventually(t, func() bool { return g.Info().Steering == SteerFlow }, limit(5*time.Second), 10*time.Millisecond)
+	require.ErrorContains(t, g.Info().Reason, "starve")
+	for range 200 {
+		d.one("tcp", g.Addr().String())
+	}
+	require.NotZero(t, foreign.Load())
+	require.NotZero(t, ls[0].Stats().Accepted)
+	require.NotZero(t, ls[1].Stats().Accepted)
+	require.NoError(t, stranger.Close())
+	d.end(t, false)
+	if g.g.k.table != nil {
+		require.Eventually(t, func() bool { return g.Info().Steering == SteerSource }, limit(5*time.Second), 10*time.Millisecond)
+	}
+	require.NoError(t, g.Close())
+	wg.Wait()
+
+	stranger, err = reuseport.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	_, err = Listen("tcp", stranger.Addr().String(), WithRequireKernel(), WithSteering(SteerSource))
+	require.ErrorIs(t, err, ErrUnsupported)
+	require.ErrorContains(t, err, "others listen")
+	l, err := Listen("tcp", stranger.Addr().String(), WithLB())
+	require.NoError(t, err, "without steering it shares")
+	require.NoError(t, l.Close())
+	require.NoError(t, stranger.Close())
+}
+
+// Steering by CPU goes to the member of the CPU that the client runs on, with
+// loopback, also beside the migrating program.
+func TestSteerCPU(t *testing.T) {
+	if err := kernelSteers(SteerCPU); err != nil {
+		t.Skip(err)
+	}
+	if runtime.NumCPU() < 2 {
+		t.Skip("one CPU")
+	}
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerCPU))
+	require.Equal(t, SteerCPU, g.Info().Steering)
+	cpuOf := func(l *Listener) (cpu int) {
+		require.NoError(t, onSocket(l.socks[0], func(fd int) (err error) {
+			cpu, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_INCOMING_CPU)
+			return err
+		}))
+		return cpu
+	}
+	require.NotEqual(t, cpuOf(ls[0]), cpuOf(ls[1]))
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all unix.CPUSet
+	require.NoError(t, unix.SchedGetaffinity(0, &all))
+	defer unix.SchedSetaffinity(0, &all)
+	for range 60 {
+		for _, l := range ls {
+			var set unix.CPUSet
+			set.Set(cpuOf(l))
+			require.NoError(t, unix.SchedSetaffinity(0, &set))
+			// By the system call itself: package net may move to another thread.
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			require.NoError(t, err)
+			a := g.Addr().(*net.TCPAddr)
+			require.NoError(t, unix.Connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}))
+			acceptWithin(t, l).Close()
+			unix.Close(fd)
+		}
+	}
+}
+
+// One of four listeners stalls for half of the time. By the kernel's hash its
+// share of the connections waits; by load next to none does.
+func TestSteerLoadByKernel(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	share := func(s Steering) float64 {
+		g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(s))
+		require.Equal(t, s, g.Info().Steering)
+		var wg sync.WaitGroup
+		var accepted atomic.Int64
+		for _, l := range ls[1:] {
+			wg.Add(1)
+			go echo(&wg, l, &accepted)
+		}
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			next := time.Now().Add(time.Second)
+			for {
+				if time.Now().After(next) {
+					time.Sleep(time.Second)
+					next = time.Now().Add(time.Second)
+				}
+				c, err := acceptBy(ls[0], 50*time.Millisecond)
+				if err != nil {
+					if g.Info().Members == 0 || ls[0].Info().Members == 0 {
+						return
+					}
+					continue
+				}
+				wg.Add(1)
+				go func() {
+					defer wg.Done()
+					var b [1]byte
+					c.Read(b[:])
+					c.Write(b[:])
+					c.Read(b[:])
+					c.Close()
+				}()
+			}
+		}()
+		d := new(load)
+		var late atomic.Int64
+		n := count(8000, 2000)
+		tick := time.NewTicker(500 * time.Microsecond) // 2000 connections/s
+		defer tick.Stop()
+		for range n {
+			<-tick.C
+			d.wg.Add(1)
+			go func() {
+				defer d.wg.Done()
+				start := time.Now()
+				d.one("tcp", g.Addr().String())
+				if time.Since(start) > 100*time.Millisecond {
+					late.Add(1)
+				}
+			}()
+		}
+		d.end(t, false)
+		require.NoError(t, g.Close())
+		wg.Wait()
+		return 100 * float64(late.Load()) / float64(d.served.Load())
+	}
+	flow, load := share(SteerFlow), share(SteerLoad)
+	t.Logf("waited longer than 100 ms: %.2f %% by the kernel's hash, %.2f %% by load", flow, load)
+	require.Less(t, load, 0.5)
+	require.Greater(t, flow, 2.0, "the stall must show by the hash")
+}
+
+// A member that doesn't accept stops getting connections within a sample, and
+// segments of strangers, which the program is run for too, change nothing.
+func TestStalledMemberIsAvoided(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerLoad))
+	var wg sync.WaitGroup
+	var accepted atomic.Int64
+	for _, l := range ls[1:] {
+		wg.Add(1)
+		go echo(&wg, l, &accepted)
+	}
+	stray(t, g.Addr().(*net.TCPAddr), count(100_000, 1000))
+	var waiting []net.Conn
+	n := count(2000, 200)
+	for range n {
+		c := dialTest(t, g.Addr())
+		c.Write([]byte("x"))
+		c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			waiting = append(waiting, c)
+			continue
+		}
+		c.Close()
+	}
+	queued := ls[0].Stats().Queued
+	t.Logf("%d of %d connections wait for the member that stalls", queued, n)
+	require.LessOrEqual(t, queued, n/20)
+	for _, l := range ls[1:] { // and the others share evenly
+		require.Greater(t, l.Stats().Accepted, uint64(n/3/8))
+	}
+	require.NoError(t, ls[0].Close())
+	for _, c := range waiting { // siblings inherit
+		c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
+		_, err := c.Read(make([]byte, 1))
+		require.NoError(t, err)
+		c.Close()
+	}
+	require.NoError(t, g.Close())
+	wg.Wait()
+}
+
+// stray sends segments that belong to no connection.
+func stray(t *testing.T, to *net.TCPAddr, n int) {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
+	require.NoError(t, err)
+	defer unix.Close(fd)
+	for i := range n {
+		seg := make([]byte, 20)
+		binary.BigEndian.PutUint16(seg[0:], uint16(1024+i%60000))
+		binary.BigEndian.PutUint16(seg[2:], uint16(to.Port))
+		binary.BigEndian.PutUint32(seg[4:], uint32(i))
+		seg[12], seg[13] = 5<<4, []byte{0x10, 0x04}[i%2] // ACK, RST
+		// The checksum over the pseudo header: 127.0.0.1 twice, protocol, length.
+		sum := uint32(0x7f00) + 1 + 0x7f00 + 1 + unix.IPPROTO_TCP + 20
+		for j := 0; j < 20; j += 2 {
+			sum += uint32(binary.BigEndian.Uint16(seg[j:]))
+		}
+		for sum > 0xffff {
+			sum = sum>>16 + sum&0xffff
+		}
+		binary.BigEndian.PutUint16(seg[16:], ^uint16(sum))
+		if err := unix.Sendto(fd, seg, 0, &unix.SockaddrInet4{Addr: [4]byte(to.IP.To4())}); err != nil && err != unix.ENOBUFS {
+			require.NoError(t, err)
+		}
+	}
+}
+
+// Members join and leave while the kernel steers: nothing is lost, and one
+// source is at one member of those that there are.
+func TestJoinAndLeaveWhileSteering(t *testing.T) {
+	for _, classic := range []bool{false, true} {
+		for _, s := range []Steering{SteerSource, SteerLoad, SteerCPU} {
+			if classic && s != SteerSource {
+				continue
+			}
+			t.Run(fmt.Sprintf("%v, classic %v", s, classic), func(t *testing.T) {
+				noLeaks(t)
+				if classic {
+					defer func(f func(int, unsafe.Pointer, uintptr) (int, error)) { bpf = f }(bpf)
+					bpf = func(int, unsafe.Pointer, uintptr) (int, error) { return -1, unix.EPERM }
+				} else if s == SteerLoad {
+					needBPF(t)
+				}
+				opts := []Option{WithRequireKernel(), WithSteering(s)}
+				g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
+				var wg sync.WaitGroup
+				var accepted atomic.Int64
+				for _, l := range ls {
+					wg.Add(1)
+					go echo(&wg, l, &accepted)
+				}
+				d := startLoad(8, "tcp", g.Addr().String())
+				for range count(100, 10) {
+					l := joinTest(t, ls[0], opts...)
+					wg.Add(1)
+					go echo(&wg, l, &accepted)
+					at := d.served.Load() + 10
+					require.Eventually(t, func() bool { return d.served.Load() > at || d.failed.Load() > 0 }, limit(10*time.Second), time.Millisecond)
+					require.NoError(t, l.Close())
+				}
+				d.end(t, false)
+				require.Equal(t, s, g.Info().Steering)
+				_, err := Listen("tcp", g.Addr().String(), WithLB())
+				require.ErrorContains(t, err, "steer", "a member that asks for another steering is refused")
+				require.NoError(t, g.Close())
+				wg.Wait()
+			})
+		}
+	}
+}
+
+// Of 200 members 196 close under load: nothing is lost, and a few seconds later
+// four sockets are left.
+func TestSurplusSocketsAreRetired(t *testing.T) {
+	for _, classic := range []bool{false, true} {
+		t.Run(map[bool]string{false: "as it is", true: "by classic programs"}[classic], func(t *testing.T) {
+			noLeaks(t)
+			if classic {
+				defer func(f func(int, unsafe.Pointer, uintptr) (int, error)) { bpf = f }(bpf)
+				bpf = func(int, unsafe.Pointer, uintptr) (int, error) { return -1, unix.EPERM }
+			}
+			g, ls := newTestGroup(t, 200, "tcp", "127.0.0.1:0", WithRequireKernel())
+			var wg sync.WaitGroup
+			var accepted atomic.Int64
+			for _, l := range ls {
+				wg.Add(1)
+				go echo(&wg, l, &accepted)
+			}
+			d := startLoad(4, "tcp", g.Addr().String())
+			for _, l := range ls[2:198] {
+				require.NoError(t, l.Close())
+			}
+			start := time.Now()
+			require.Eventually(t, func() bool { return g.Info().Sockets == 4 }, limit(20*time.Second), 50*time.Millisecond)
+			t.Logf("4 sockets are left after %v", time.Since(start))
+			time.Sleep(limit(1500 * time.Millisecond)) // the program lets go, too
+			d.end(t, false)
+			for _, l := range slices.Concat(ls[:2], ls[198:]) {
+				require.NotZero(t, l.Stats().Accepted)
+			}
+			require.NoError(t, g.Close())
+			wg.Wait()
+		})
+	}
+}
