@@ -32,8 +32,33 @@
 // it too, until a new member adopts it. Nothing is accepted before an Accept
 // asks for it, so what waits, waits in the kernel. When the last member
 // closes, or the process dies, what waits is reset by the kernel, unless the
-// kernel lets another process inherit it: DragonFly does, and Linux from 5.14
-// with the sysctl net.ipv4.tcp_migrate_req=1.
+// kernel lets another process inherit it: DragonFly does, and Linux as below.
+//
+// All listeners of a process are taken to be in one network namespace.
+//
+// # Linux
+//
+// From Linux 5.14 the kernel can give the queue of a process that dies to the
+// other processes on the address, half-open connections included. One of these
+// is enough:
+//
+//   - The process has CAP_BPF (from 5.8; CAP_SYS_ADMIN before): Listen loads a BPF
+//     program of three instructions. For a systemd unit: AmbientCapabilities=CAP_BPF;
+//     for a container: --cap-add BPF, and a seccomp profile that allows bpf(2).
+//   - A privileged process has pinned that program: [WithPinnedProgram].
+//   - The sysctl net.ipv4.tcp_migrate_req is 1, in the network namespace of the
+//     process. It is for IPv6 as well.
+//
+// [Info].OnKill says whether it is in force, and Reason what is missing. The
+// kernel's migration itself loses about one connection in 1000 closes of a
+// socket under saturation, so inside a process sockets are inherited as
+// everywhere. Kernels before the fix of 2026 ("tcp: call sk_data_ready() after
+// listener migration") don't wake the heir: waiting Accepts look at their sockets once a
+// second.
+//
+// Sockets that closed members left, and no new member adopts, are closed a few
+// seconds after nothing was steered to them any more, as long as all sockets of
+// the address belong to the process.
 //
 // # Errors
 //
@@ -232,16 +257,33 @@ func WithReusePort() Option {
 }
 
 // WithSteering is WithLB, with connections spread by s. The default is
-// [SteerFlow]. The dispatcher knows SteerFlow, SteerSource and SteerLoad:
+// [SteerFlow]. All members of a group must ask for the same. What cannot be had
+// is [ErrUnsupported].
+//
+// By the dispatcher, for which [WithDispatcher] asks:
 //
 //   - SteerSource waits at most 100 ms for a busy member, for at most 16
 //     connections at a time, which are held in the process meanwhile; then the
 //     next in rank takes the connection. Connections without a TCP address
 //     (unix sockets) have no source: ErrUnsupported.
 //   - SteerLoad prefers the member that has waited in Accept for longest.
+//   - SteerCPU is ErrUnsupported.
 //
-// The kernel's sockets know SteerFlow; anything else is [ErrUnsupported] there
-// and works with [WithDispatcher].
+// By the kernel, on Linux only:
+//
+//   - SteerSource takes no privilege. With CAP_BPF the kernel inherits as well;
+//     without, a classic BPF program has the place of the one for that.
+//   - SteerLoad takes CAP_BPF. Of two members that a connection's flow ranks first,
+//     the one with the shorter queue gets it. The queues are looked at every 2 ms
+//     while there is traffic, which costs a goroutine.
+//   - SteerCPU (from Linux 6.2, no privilege) gives every socket a CPU, and a
+//     connection goes to the one of the CPU that received it.
+//
+// By source and load a program names the sockets that get something. It is in
+// force only while all sockets of the address in the kernel's group are this
+// process's, as it would starve the others: Listen fails if there are others,
+// and when some join later the program is taken off within a second. Info then
+// says SteerFlow, with the Reason. Both are for at most 1024 members.
 func WithSteering(s Steering) Option {
 	return Option{"WithSteering", func(c *config) { c.lb, c.steering = true, s }}
 }
