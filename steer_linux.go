@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -551,7 +552,8 @@ func newKernelSteering(g *group, cfg *config) (*kernelSteering, error) {
 		return nil, fmt.Errorf("steering by %v is %w together with WithPinnedProgram: the address has one program", g.steering, ErrUnsupported)
 	}
 	if !g.at.isNew() {
-		there, err := listeningOn(&net.TCPAddr{IP: net.ParseIP(g.at.host), Port: g.at.port}, g.at.network != "tcp4")
+		host, _, _ := strings.Cut(g.at.host, "%")
+		there, err := listeningOn(&net.TCPAddr{IP: net.ParseIP(host), Port: g.at.port}, g.at.network != "tcp4")
 		if err != nil {
 			return nil, fmt.Errorf("steering by %v: who else listens is not to be found out: %w", g.steering, err)
 		}
