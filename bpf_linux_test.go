@@ -141,14 +141,7 @@ func holderWorker() {
 					if err != nil {
 						return err
 					}
-					go func() {
-						defer c.Close()
-						var b [1]byte
-						if _, err := io.ReadFull(c, b[:]); err == nil {
-							c.Write(b[:])
-							io.Copy(io.Discard, c)
-						}
-					}()
+					go echoConn(c)
 				}
 			})
 		case "close":

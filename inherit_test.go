@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -334,12 +333,7 @@ func oneLife(addr net.Addr, opt Option, wg *sync.WaitGroup, accepted *atomic.Int
 					wg.Add(1)
 					go func() {
 						defer wg.Done()
-						defer c.Close()
-						var b [1]byte
-						if _, err := io.ReadFull(c, b[:]); err == nil {
-							c.Write(b[:])
-							io.Copy(io.Discard, c)
-						}
+						echoConn(c)
 					}()
 				case errors.Is(err, net.ErrClosed):
 					return

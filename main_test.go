@@ -287,13 +287,19 @@ func echo(wg *sync.WaitGroup, l net.Listener, accepted *atomic.Int64) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			defer c.Close()
-			var b [1]byte
-			if _, err := io.ReadFull(c, b[:]); err == nil {
-				c.Write(b[:])
-				io.Copy(io.Discard, c)
-			}
+			echoConn(c)
 		}()
+	}
+}
+
+// echoConn sends the first byte of a connection back, and closes it when its
+// client does.
+func echoConn(c net.Conn) {
+	defer c.Close()
+	var b [1]byte
+	if _, err := io.ReadFull(c, b[:]); err == nil {
+		c.Write(b[:])
+		io.Copy(io.Discard, c)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -56,6 +57,25 @@ func executable(t testing.TB) string {
 	return path
 }
 
+// must is for workers.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// useUpDescriptors opens files until no descriptor is left.
+func useUpDescriptors() (files []*os.File) {
+	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
+	for {
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			return files
+		}
+		files = append(files, f)
+	}
+}
+
 // runWorker runs a worker in a process of its own, and returns what it prints.
 func runWorker(t testing.TB, name string, env ...string) string {
 	t.Helper()
@@ -80,11 +100,6 @@ func TestOutOfDescriptors(t *testing.T) {
 func init() { workers["outOfDescriptors"] = outOfDescriptors }
 
 func outOfDescriptors() {
-	must := func(err error) {
-		if err != nil {
-			panic(err)
-		}
-	}
 	opt := WithDispatcher()
 	if os.Getenv("LBLISTEN_TEST_MODE") == "kernel" {
 		opt = WithRequireKernel()
@@ -100,15 +115,7 @@ func outOfDescriptors() {
 	waiting := make(chan error)
 	must(ls[1].Close()) // this one finds a descriptor to wait with
 
-	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
-	var files []*os.File
-	for {
-		f, err := os.Open(os.DevNull)
-		if err != nil {
-			break
-		}
-		files = append(files, f)
-	}
+	files := useUpDescriptors()
 	must(ls[2].Close()) // this one doesn't
 	for range 3 {
 		if c, err := ls[0].Accept(); !errors.Is(err, unix.EMFILE) || c != nil {
@@ -173,11 +180,6 @@ func TestOneErrorReachesOneAccept(t *testing.T) {
 func init() { workers["oneError"] = oneError }
 
 func oneError() {
-	must := func(err error) {
-		if err != nil {
-			panic(err)
-		}
-	}
 	retryAfter = time.Hour
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 12, WithRequireKernel())
 	must(err)
@@ -203,15 +205,7 @@ func oneError() {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
-	var files []*os.File
-	for {
-		f, err := os.Open(os.DevNull)
-		if err != nil {
-			break
-		}
-		files = append(files, f)
-	}
+	files := useUpDescriptors()
 	must(ls[0].Close())
 	if err := <-errs; !errors.Is(err, unix.EMFILE) {
 		panic(fmt.Sprintf("Accept returned %v, want EMFILE", err))
@@ -220,5 +214,6 @@ func oneError() {
 	if len(errs) != 0 {
 		panic(fmt.Sprintf("%d more Accepts returned: %v", len(errs), <-errs))
 	}
+	runtime.KeepAlive(files) // a file that is collected is closed
 	fmt.Println("ok")
 }
