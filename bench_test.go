@@ -116,7 +116,7 @@ func TestAcceptAddsNoAllocationAndNoGoroutine(t *testing.T) {
 				more = prefill // under the race detector a sync.Pool forgets some
 			}
 			require.LessOrEqual(t, allocs, want+more)
-			require.Zero(t, goroutines)
+			require.LessOrEqual(t, goroutines, 0) // one of an earlier test may have ended meanwhile
 		})
 	}
 }
