@@ -213,7 +213,6 @@ type config struct {
 	requireKernel bool // WithRequireKernel
 	reusePort     bool
 	steering      Steering
-	steered       bool   // WithSteering was given
 	pinned        string // WithPinnedProgram
 	pinnedSet     bool
 	backlog       int
