@@ -767,19 +767,16 @@ func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket,
 		s = &socket{ln: ln.(*net.TCPListener), net: at.network}
 		s.conn, err = s.ln.SyscallConn() // fails for a nil listener only
 	}
-	if held {
-		g.k.opened(s)
-	}
-	if err != nil {
-		return nil, err
-	}
-	if cfg.backlogSet {
-		if err := setBacklog(ln, cfg.backlog); err != nil {
+	if err == nil && cfg.backlogSet {
+		if err = setBacklog(ln, cfg.backlog); err != nil {
 			ln.Close()
-			return nil, err
+			s = nil
 		}
 	}
-	return s, nil
+	if held {
+		g.k.opened(s) // only what stays open has a place in the kernel's order
+	}
+	return s, err
 }
 
 // The dispatcher: members without sockets of their own. Their Accepts take
