@@ -95,11 +95,14 @@ type group struct {
 	addr     net.Addr
 	network  string
 	steering Steering
-	noKernel error           // why the kernel doesn't balance; nil if it does
-	d        *dispatcher     // nil if the kernel balances
-	k        *kernelSteering // nil if the dispatcher balances
-	pinned   bool            // a pinned program is in force
-	log      *slog.Logger    // of the member that opened it
+	noKernel error            // why the kernel doesn't balance; nil if it does
+	d        *dispatcher      // nil if the kernel balances
+	k        *kernelSteering  // nil if the dispatcher balances
+	pinned   bool             // a pinned program is in force
+	log      *slog.Logger     // of the member that opened it
+	lc       net.ListenConfig // of the same
+	handoff  string           // the path of the handoff, "" for none
+	h        *handoff         // nil for none; set before opened is closed
 
 	retryAfter time.Duration // see there
 	opened     chan struct{} // closed when the first socket is open, or can't be
@@ -275,6 +278,8 @@ func enter(at place, network string, noKernel error, n int, cfg *config) (g *gro
 		return nil, false, fmt.Errorf("WithPinnedProgram: %w: %w", ErrUnsupported, noKernel)
 	case noKernel != nil && cfg.requireKernel:
 		return nil, false, fmt.Errorf("balancing by the kernel is %w: %w", ErrUnsupported, noKernel)
+	case noKernel == nil && cfg.handoffSet && cfg.steering == SteerLoad:
+		return nil, false, fmt.Errorf("WithHandoff: steering by load is %w together with it, but by the dispatcher: its program would starve the other processes", ErrUnsupported)
 	case noKernel == nil && kernelSteers(cfg.steering) != nil:
 		return nil, false, fmt.Errorf("steering by %v: %w", cfg.steering, kernelSteers(cfg.steering))
 	}
@@ -294,8 +299,8 @@ func enter(at place, network string, noKernel error, n int, cfg *config) (g *gro
 }
 
 func newGroup(at place, network string, noKernel error, cfg *config) *group {
-	g := &group{at: at, network: network, retryAfter: retryAfter, steering: cfg.steering, noKernel: noKernel, pinned: cfg.pinnedSet, log: cfg.log,
-		opened: make(chan struct{}), gone: make(chan struct{})}
+	g := &group{at: at, network: network, retryAfter: retryAfter, steering: cfg.steering, noKernel: noKernel, pinned: cfg.pinnedSet,
+		log: cfg.log, lc: cfg.lc, handoff: cfg.handoff, opened: make(chan struct{}), gone: make(chan struct{})}
 	g.members.Store(new([]*Listener))
 	g.shared.Store(new([]*watch))
 	if noKernel != nil {
@@ -313,10 +318,17 @@ func (g *group) reserve(n int, cfg *config) error {
 		// Members adopt the sockets of closed ones first, so there are never more
 		// sockets (of one family, where a member has two) than there were members.
 		limit = groupLimit
+		if g.handoff != "" {
+			limit = min(limit, handoffSockets)
+		}
 	}
 	switch {
 	case g.dying:
 		return errGone
+	case cfg.handoffSet && g.handoff == "":
+		return fmt.Errorf("WithHandoff(%q): in this process the group of this address has no handoff", cfg.handoff)
+	case cfg.handoffSet && cfg.handoff != g.handoff:
+		return fmt.Errorf("WithHandoff(%q): in this process the group of this address hands off by %q", cfg.handoff, g.handoff)
 	case cfg.dispatcher && g.d == nil:
 		return fmt.Errorf("WithDispatcher: in this process the group of this address is balanced by %v", BalancerKernel)
 	case cfg.requireKernel && g.d != nil:
@@ -334,31 +346,19 @@ func (g *group) reserve(n int, cfg *config) error {
 
 // open makes the first socket of a group, and n members.
 func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, error) {
-	var first []*socket
-	var err error
-	if g.d != nil {
-		err = g.d.open(ctx, cfg)
-	} else if g.k, err = newKernelSteering(g, cfg); err == nil {
-		first, err = g.openSeat(ctx, cfg)
-	}
-	if err == nil && g.d == nil {
-		if err = g.letKernelInherit(first[0], cfg); err != nil {
-			for _, s := range first {
-				s.ln.Close()
-			}
-		}
-	}
+	first, err := g.openFirst(ctx, cfg)
 	if err != nil {
-		if g.k != nil {
-			g.k.close()
-		}
 		g.failed = true
 		g.mu.Lock()
 		g.dying = true
 		g.mu.Unlock()
-		g.unregister()
 		close(g.opened)
-		close(g.gone)
+		if g.at.isNew() { // nobody else knows the address
+			for _, s := range first {
+				g.withdraw(s)
+			}
+		}
+		g.end(first)
 		return nil, g.explain(err)
 	}
 	if g.d != nil {
@@ -378,9 +378,46 @@ func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, erro
 		}
 		registry.groups[g.at] = g
 		registry.mu.Unlock()
+		if g.h != nil {
+			if g.d != nil {
+				g.h.bound(g.d.pooled, g.at)
+			}
+			for _, s := range first {
+				g.h.bound(s.pooled, g.at)
+			}
+			g.h.enter(ctx, g)
+		}
 	}
 	close(g.opened)
 	return g.add(ctx, n, cfg, first)
+}
+
+// openFirst makes the first socket of a group: the dispatcher's, or those of the
+// first member, which it returns, also if there was an error later.
+func (g *group) openFirst(ctx context.Context, cfg *config) (first []*socket, err error) {
+	if g.handoff != "" {
+		if g.h, err = openHandoff(g.handoff, g.log); err != nil {
+			return nil, err
+		}
+		if !g.at.isNew() {
+			g.h.enter(ctx, g)
+		}
+	}
+	if g.d != nil {
+		return nil, g.d.open(ctx, cfg)
+	}
+	if g.k, err = newKernelSteering(g, cfg); err != nil {
+		return nil, err
+	}
+	if g.at.isNew() {
+		first, err = g.openSeat(ctx, cfg)
+	} else {
+		first, err = g.seat(ctx, cfg)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return first, g.letKernelInherit(first[0], cfg)
 }
 
 // add makes n members, for which room is kept. The first gets the sockets that
@@ -408,6 +445,9 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 				}
 			}
 			l.socks, l.ln, l.onAccept = first, first[0].ln, g.k.onAccept()
+			if first[0].restore != nil { // never together with steering by load
+				l.onAccept = first[0].restore
+			}
 			if len(first) > 1 {
 				l.side = g.watch(first[1], l)
 			}
@@ -515,11 +555,20 @@ func (g *group) leave(members []*Listener, n int) error {
 		return nil
 	}
 	g.dying = true
+	g.mu.Unlock()
+	return g.end(socks)
+}
+
+// end closes everything that a group has, socks among it.
+func (g *group) end(socks []*socket) (err error) {
+	others := false // accept from them
+	if g.h != nil {
+		others = g.h.leave(g)
+	}
+	g.mu.Lock()
 	shared := *g.shared.Load()
 	g.shared.Store(new([]*watch))
 	g.mu.Unlock()
-
-	var err error
 	for _, w := range shared {
 		w.stop()
 		socks = append(socks, w.s)
@@ -532,7 +581,10 @@ func (g *group) leave(members []*Listener, n int) error {
 		g.k.close()
 	}
 	if g.d != nil {
-		err = g.d.shutdown()
+		err = g.d.shutdown(others)
+	}
+	if g.h != nil {
+		g.h.close()
 	}
 	g.unregister()
 	close(g.gone)
@@ -582,7 +634,7 @@ func (g *group) explain(err error) error {
 	case g.at.network == "unix" || g.at.network == "unixpacket":
 		hint = "another process listens there, or left its socket file: remove the file if nobody does"
 	case g.d != nil:
-		hint = fmt.Sprintf("another listener has the address, and it can't be shared between processes (%v): end that one, or choose another address", g.noKernel)
+		hint = fmt.Sprintf("another listener has the address, and it can't be shared between processes without WithHandoff (%v): let both use WithHandoff, end that one, or choose another address", g.noKernel)
 	}
 	explained := *op
 	explained.Err = &hintedError{op.Err, hint}
@@ -614,8 +666,18 @@ func (g *group) info() Info {
 	if members > 1 {
 		i.OnClose = InheritProcess
 	}
+	var alone error
+	if g.h != nil {
+		if alone = g.h.state(g.at); alone == nil {
+			i.OnClose |= InheritHandoff
+			i.OnKill |= InheritHandoff
+		}
+	}
 	if g.d != nil {
 		i.Balancer, i.Sockets = BalancerDispatcher, 1
+		if alone != nil {
+			i.Reason = errors.Join(g.noKernel, alone)
+		}
 		return i
 	}
 	i.Sockets = len(g.conns())
@@ -629,7 +691,7 @@ func (g *group) info() Info {
 		i.OnClose |= InheritKernel
 		i.OnKill |= InheritKernel
 	}
-	i.Reason = errors.Join(unsteered, why)
+	i.Reason = errors.Join(unsteered, why, alone)
 	return i
 }
 
@@ -673,6 +735,26 @@ type socket struct {
 	conn syscall.RawConn
 	net  string       // what package net was asked for: "tcp", "tcp4", "tcp6"
 	slot atomic.Int32 // in the table of the steering program, plus 1
+
+	pooled  *pooled            // its place in the handoff's pool, nil without one
+	restore func(*net.TCPConn) // what its connections need, nil if nothing
+}
+
+// restoreKeepAlive returns what gives a connection the keep-alive that lc asks
+// for, if the listener was made by net.FileListener, which knows no ListenConfig
+// and gives it the default. It returns nil if that is what lc asks for.
+func restoreKeepAlive(lc net.ListenConfig) func(*net.TCPConn) {
+	switch config := lc.KeepAliveConfig; {
+	case config.Enable:
+		return func(c *net.TCPConn) { c.SetKeepAliveConfig(config) }
+	case lc.KeepAlive < 0:
+		return func(c *net.TCPConn) { c.SetKeepAlive(false) }
+	case lc.KeepAlive > 0:
+		return func(c *net.TCPConn) {
+			c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: lc.KeepAlive})
+		}
+	}
+	return nil
 }
 
 // seat returns the sockets of a new member: those that closed members left,
@@ -680,7 +762,7 @@ type socket struct {
 func (g *group) seat(ctx context.Context, cfg *config) ([]*socket, error) {
 	var socks []*socket
 	for _, at := range g.at.split() {
-		s := g.adopt(at.network)
+		s := g.adopt(ctx, at.network)
 		if s == nil {
 			var err error
 			if s, err = g.openSocket(ctx, at, cfg); err != nil {
@@ -726,10 +808,18 @@ func (g *group) openSeat(ctx context.Context, cfg *config) ([]*socket, error) {
 		}
 		for _, s := range socks {
 			s.ln.Close()
+			g.withdraw(s)
 		}
 		if len(socks) == 0 || !g.at.isNew() || !isAddrInUse(err) || try == tries {
 			return nil, err
 		}
+	}
+}
+
+// withdraw takes a socket that nobody was told of out of the handoff's pool.
+func (g *group) withdraw(s *socket) {
+	if s.pooled != nil {
+		g.h.withdraw(s.pooled)
 	}
 }
 
@@ -747,11 +837,20 @@ func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket,
 	lc := cfg.lc
 	lc.SetMultipathTCP(false)
 	held := false
+	var p *pooled
 	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
 		var err error
+		if cerr := c.Control(func(fd uintptr) { err = joinKernelGroup(fd) }); cerr != nil || err != nil {
+			return cmp.Or(err, cerr)
+		}
+		if g.h != nil {
+			if p, err = g.h.deposit(ctx, c, g, at); err != nil {
+				return err
+			}
+		}
 		if cerr := c.Control(func(fd uintptr) {
 			held = true
-			err = cmp.Or(joinKernelGroup(fd), g.k.control(fd))
+			err = g.k.control(fd)
 		}); cerr != nil {
 			return cerr
 		}
@@ -764,7 +863,7 @@ func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket,
 	ln, err := lc.Listen(ctx, network, at.String())
 	var s *socket
 	if err == nil {
-		s = &socket{ln: ln.(*net.TCPListener), net: at.network}
+		s = &socket{ln: ln.(*net.TCPListener), net: at.network, pooled: p}
 		s.conn, err = s.ln.SyscallConn() // fails for a nil listener only
 	}
 	if err == nil && cfg.backlogSet {
@@ -775,6 +874,9 @@ func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket,
 	}
 	if held {
 		g.k.opened(s) // only what stays open has a place in the kernel's order
+	}
+	if p != nil && err != nil {
+		g.h.withdraw(p)
 	}
 	return s, err
 }
@@ -794,6 +896,8 @@ type dispatcher struct {
 	ln        net.Listener
 	deadliner interface{ SetDeadline(time.Time) error } // ln, if its Accept can be woken
 	isTCP     bool                                      // it accepts *net.TCPConn
+	pooled    *pooled                                   // its place in the handoff's pool, if this process made it
+	restore   func(*net.TCPConn)                        // what its connections need, nil if nothing
 
 	leading atomic.Bool   // somebody has the lead, or it is being passed on
 	seq     atomic.Uint64 // orders waiters, for SteerLoad
@@ -840,12 +944,49 @@ const (
 	holdMost = 16
 )
 
-// open opens the dispatcher's socket.
+// open opens the dispatcher's socket. With a handoff it is the one of all
+// processes: whoever is first makes it.
 func (d *dispatcher) open(ctx context.Context, cfg *config) error {
+	const patience = time.Second // for who is making it at this moment
+	g := d.g
+	for begin := time.Now(); ; {
+		if g.h != nil && !g.at.isNew() {
+			ln, err := g.h.find(g)
+			if err != nil {
+				return err
+			}
+			if ln != nil {
+				d.restore = restoreKeepAlive(g.lc)
+				d.use(ln)
+				return nil
+			}
+		}
+		err := d.openSocket(ctx, cfg)
+		if err == nil || g.h == nil || !isAddrInUse(err) || time.Since(begin) >= patience {
+			return err
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (d *dispatcher) openSocket(ctx context.Context, cfg *config) error {
 	lc := cfg.lc
 	lc.SetMultipathTCP(false)
+	if d.g.h != nil {
+		lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) (err error) {
+			d.pooled, err = d.g.h.deposit(ctx, c, d.g, d.g.at)
+			return err
+		})
+	}
 	ln, err := lc.Listen(ctx, d.g.network, d.g.at.String())
 	if err != nil {
+		if d.pooled != nil {
+			d.g.h.withdraw(d.pooled)
+		}
 		return err
 	}
 	d.use(ln)
@@ -897,6 +1038,9 @@ func (l *Listener) acceptDispatched() (net.Conn, error) {
 		return nil, err
 	}
 	l.accepted.Add(1)
+	if d := l.g.d; d.restore != nil && d.isTCP {
+		d.restore(c.(*net.TCPConn))
+	}
 	return c, nil
 }
 
@@ -1378,8 +1522,9 @@ func (d *dispatcher) giveFree() {
 	}
 }
 
-// shutdown closes the listener, and what nobody can take any more.
-func (d *dispatcher) shutdown() error {
+// shutdown closes the listener, and what nobody can take any more. The file of a
+// unix socket stays if others accept from it.
+func (d *dispatcher) shutdown(others bool) error {
 	d.mu.Lock()
 	d.closed = true
 	free := d.free
@@ -1390,6 +1535,12 @@ func (d *dispatcher) shutdown() error {
 	d.mu.Unlock()
 	for _, c := range free {
 		c.Close()
+	}
+	if d.ln == nil {
+		return nil // it was never opened
+	}
+	if u, ok := d.ln.(interface{ SetUnlinkOnClose(bool) }); ok && d.g.h != nil {
+		u.SetUnlinkOnClose(!others)
 	}
 	return d.ln.Close()
 }

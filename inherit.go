@@ -25,9 +25,11 @@ package lblisten
 //     watch back to waiting.
 
 import (
+	"context"
 	"errors"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -54,6 +56,8 @@ type watch struct {
 	s     *socket
 	g     *group
 	owner *Listener // who alone takes from it; nil: any member, the socket is shared
+
+	wanted bool // a new member is about to adopt it; guarded by g.mu
 
 	used  atomic.Int64  // when it was shared, or taken from last: Unix time in ns
 	ready atomic.Bool   // a connection waits; counted in g.ready
@@ -89,27 +93,66 @@ func (g *group) share(socks []*socket) {
 	}
 }
 
-// adopt takes a shared socket out of the group for a new member; nil if there
-// is none.
-func (g *group) adopt(network string) *socket {
+// inherit makes a socket of another process a shared one. It returns false if
+// the group has begun to end.
+func (g *group) inherit(s *socket) bool {
 	g.mu.Lock()
-	var found *watch
-	var rest []*watch
-	for _, w := range *g.shared.Load() {
-		if found == nil && w.s.net == network {
-			found = w
-		} else {
-			rest = append(rest, w)
+	defer g.mu.Unlock()
+	if !g.dying {
+		g.share([]*socket{s})
+	}
+	return !g.dying
+}
+
+// adopt takes a shared socket out of the group for a new member; nil if there
+// is none. Of a handoff's sockets it takes those that no other process takes.
+func (g *group) adopt(ctx context.Context, network string) *socket {
+	for {
+		g.mu.Lock()
+		shared := *g.shared.Load()
+		i := slices.IndexFunc(shared, func(w *watch) bool { return !w.wanted && w.s.net == network })
+		if i < 0 {
+			g.mu.Unlock()
+			return nil
+		}
+		w := shared[i]
+		w.wanted = true
+		g.mu.Unlock()
+		p := w.s.pooled
+		if p != nil && !g.h.claim(ctx, p) {
+			continue // another process has it, and it is taken back soon
+		}
+		if g.unshare(w) {
+			w.s.ln.SetDeadline(time.Time{}) // that of the last take
+			return w.s
+		}
+		if p != nil {
+			g.h.giveBack(p)
 		}
 	}
+}
+
+// takeBack ends the sharing of a socket that another process accepts from.
+func (g *group) takeBack(p *pooled) {
+	shared := *g.shared.Load()
+	if i := slices.IndexFunc(shared, func(w *watch) bool { return w.s.pooled == p }); i >= 0 && g.unshare(shared[i]) {
+		shared[i].s.ln.Close()
+	}
+}
+
+// unshare takes a shared socket out of the group. It returns false if somebody
+// else did.
+func (g *group) unshare(w *watch) bool {
+	g.mu.Lock()
+	before := *g.shared.Load()
+	rest := slices.DeleteFunc(slices.Clone(before), func(x *watch) bool { return x == w })
 	g.shared.Store(&rest)
 	g.mu.Unlock()
-	if found == nil {
-		return nil
+	if len(rest) == len(before) {
+		return false
 	}
-	found.stop()
-	found.s.ln.SetDeadline(time.Time{}) // that of the last take
-	return found.s
+	w.stop()
+	return true
 }
 
 // mark marks the socket as ready.
@@ -281,6 +324,9 @@ func (w *watch) take() (*net.TCPConn, error) {
 	w.token.Unlock()
 	if more && err == nil {
 		w.offer()
+	}
+	if c != nil && w.s.restore != nil {
+		w.s.restore(c)
 	}
 	return c, err
 }

@@ -401,7 +401,7 @@ func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 		}
 		c.Close()
 		require.Eventually(t, func() bool { return len(*g.shared.Load()) > 1 }, limit(time.Second), time.Microsecond)
-		require.NoError(t, g.adopt(g.at.network).ln.Close()) // keep the number of sockets low
+		require.NoError(t, g.adopt(context.Background(), g.at.network).ln.Close()) // keep the number of sockets low
 	}
 }
 

@@ -73,6 +73,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -215,6 +216,8 @@ type config struct {
 	steering      Steering
 	pinned        string // WithPinnedProgram
 	pinnedSet     bool
+	handoff       string // WithHandoff
+	handoffSet    bool
 	backlog       int
 	backlogSet    bool
 	lc            net.ListenConfig
@@ -319,6 +322,42 @@ func WithListenConfig(lc net.ListenConfig) Option {
 // BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
 func WithPinnedProgram(path string) Option {
 	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned, c.pinnedSet = true, path, true }}
+}
+
+// WithHandoff is WithLB, and lets the processes of this user that name the same
+// path inherit each other's sockets, so that a restart, a crash or a kill of any
+// of them loses nothing that waits. It takes no privilege, no parent process and
+// no supervisor. Each process holds a duplicate of every listening socket of the
+// set; when one goes away, however it goes, the others accept from its sockets
+// at once, and the next process that listens adopts them. Where the kernel
+// doesn't balance, all processes accept from one socket, so several can have one
+// address there too. Several addresses may use one path.
+//
+// The path is that of a unix socket, which the package makes. It can be some 90
+// bytes long. Its directory must belong to this user or root, and nobody else may
+// write to it: /run/NAME of a service, say. (On OpenBSD, NetBSD, DragonFly and
+// Solaris, where it can't be told whose a process is, it must belong to this
+// user with mode 0700.) Beside it are a lock file, path + ".lock", which stays,
+// and for a moment path + ".new". Leave all three alone while processes live.
+//
+// No Listen waits for other processes for longer than about a second. When they
+// don't answer, because the process that happens to connect them is stopped, it
+// goes on without them, Info has the Reason, and it is tried again in the
+// background. A wrong path is an error.
+//
+// A process that says nothing for 3 s (it is stopped, by SIGSTOP say) is taken for
+// gone: the others accept from its sockets as well, until it goes on. When the
+// last process on an address closes, its sockets are closed, and what waits is
+// reset; when it was killed, and other processes of the set live that listen
+// elsewhere, they keep the sockets for 30 s, for the next one on the address. A
+// stopped process keeps the port open when all others have ended.
+//
+// A process hands off at most 256 sockets. Steering by source is [ErrUnsupported]
+// together with it, and by load too where the kernel balances. So is WithHandoff
+// itself on Windows, AIX, plan9 and wasm. Surplus sockets of closed members aren't
+// retired (see Linux above); the next member that joins adopts one.
+func WithHandoff(path string) Option {
+	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff, c.handoffSet = true, path, true }}
 }
 
 // WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
@@ -438,6 +477,11 @@ func newConfig(opts []Option) (*config, error) {
 		}
 		o.apply(c)
 	}
+	if c.handoffSet && c.handoff != "" {
+		if abs, err := filepath.Abs(c.handoff); err == nil {
+			c.handoff = abs
+		}
+	}
 	switch {
 	case c.backlogSet && c.backlog < 1:
 		return nil, fmt.Errorf("WithBacklog(%d): a backlog is at least 1; leave the option out for the system's maximum", c.backlog)
@@ -449,6 +493,12 @@ func newConfig(opts []Option) (*config, error) {
 		return nil, errors.New("WithPinnedProgram: the path is empty")
 	case c.pinnedSet && c.dispatcher:
 		return nil, fmt.Errorf("WithPinnedProgram: %w by the dispatcher, which WithDispatcher asks for", ErrUnsupported)
+	case c.handoffSet && c.handoff == "":
+		return nil, errors.New("WithHandoff: the path is empty")
+	case c.handoffSet && !canHandoff:
+		return nil, fmt.Errorf("WithHandoff: %w by this system", ErrUnsupported)
+	case c.handoffSet && c.steering == SteerSource:
+		return nil, fmt.Errorf("WithHandoff: steering by source is %w together with it: processes that take over from each other can't keep a source to one member", ErrUnsupported)
 	case c.lb && c.reusePort:
 		return nil, errors.New("WithReusePort promises no balancing and WithLB does: choose one for an address")
 	case c.dispatcher && c.requireKernel:

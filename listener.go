@@ -36,11 +36,11 @@ type Listener struct {
 	g        *group
 	id       uint64 // for rendezvous hashing
 	log      *slog.Logger
-	ln       *net.TCPListener // of socks[0]; nil if the dispatcher balances
-	socks    []*socket        // its own
-	side     *watch           // of socks[1], where a dual-stack member has two
-	onAccept func()           // nil but for steering by load
-	left     bool             // it is no member any more; guarded by g.mu
+	ln       *net.TCPListener   // of socks[0]; nil if the dispatcher balances
+	socks    []*socket          // its own
+	side     *watch             // of socks[1], where a dual-stack member has two
+	onAccept func(*net.TCPConn) // nil but for steering by load, and for sockets of other processes
+	left     bool               // it is no member any more; guarded by g.mu
 
 	idle     chan struct{} // closed when the member is closed and no Accept is in progress
 	idleOnce sync.Once
@@ -106,7 +106,7 @@ func (l *Listener) acceptOwn() (*net.TCPConn, error) {
 		if err == nil {
 			l.accepted.Add(1)
 			if l.onAccept != nil {
-				l.onAccept()
+				l.onAccept(c)
 			}
 			if owes {
 				l.g.offerReady(l)

@@ -47,6 +47,12 @@ func setBool(fd uintptr, name string, option int) error {
 	return os.NewSyscallError("setsockopt "+name, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, option, 1))
 }
 
+// isBalanced tells whether a socket has joined so.
+func isBalanced(fd uintptr) bool {
+	on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT_LB)
+	return err == nil && on != 0
+}
+
 const canPin = false
 
 // letKernelInherit: the kernel can't be asked to give the queue of a socket that

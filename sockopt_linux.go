@@ -30,6 +30,12 @@ func joinKernelGroup(fd uintptr) error {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
 }
 
+// isBalanced tells whether a socket has joined so.
+func isBalanced(fd uintptr) bool {
+	on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT)
+	return err == nil && on != 0
+}
+
 const canPin = true
 
 // migrateSysctl makes the kernel migrate without a program, from Linux 5.14, for

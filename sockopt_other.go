@@ -22,6 +22,8 @@ func joinKernelGroup(fd uintptr) error {
 	return errors.New("the kernel of " + runtime.GOOS + " does not balance between listening sockets")
 }
 
+func isBalanced(fd uintptr) bool { return false }
+
 const canPin = false
 
 // letKernelInherit and kernelInherits are not asked: the kernel balances nothing.

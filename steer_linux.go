@@ -601,7 +601,8 @@ func (k *kernelSteering) changed() {
 func (k *kernelSteering) tick() {
 	g := k.g
 	g.mu.Lock()
-	if g.dying || g.pinned {
+	if g.dying || g.pinned || g.h != nil { // other processes hold the sockets too
+
 		g.mu.Unlock()
 		return
 	}
@@ -616,9 +617,9 @@ func (k *kernelSteering) tick() {
 
 // onAccept is what a member's Accept calls when it returns a connection; nil for
 // nothing.
-func (k *kernelSteering) onAccept() func() {
+func (k *kernelSteering) onAccept() func(*net.TCPConn) {
 	if k.g.steering == SteerLoad {
-		return k.sampler.awake
+		return func(*net.TCPConn) { k.sampler.awake() }
 	}
 	return nil
 }

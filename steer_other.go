@@ -4,7 +4,10 @@ package lblisten
 
 // Other kernels steer by the flow and nothing else.
 
-import "runtime"
+import (
+	"net"
+	"runtime"
+)
 
 type kernelSteering struct{}
 
@@ -17,11 +20,11 @@ func kernelSteers(s Steering) error {
 
 func newKernelSteering(*group, *config) (*kernelSteering, error) { return &kernelSteering{}, nil }
 
-func (*kernelSteering) control(fd uintptr) error { return nil }
-func (*kernelSteering) opened(*socket)           {}
-func (*kernelSteering) changed()                 {}
-func (*kernelSteering) tick()                    {}
-func (*kernelSteering) onAccept() func()         { return nil }
-func (*kernelSteering) close()                   {}
+func (*kernelSteering) control(fd uintptr) error     { return nil }
+func (*kernelSteering) opened(*socket)               {}
+func (*kernelSteering) changed()                     {}
+func (*kernelSteering) tick()                        {}
+func (*kernelSteering) onAccept() func(*net.TCPConn) { return nil }
+func (*kernelSteering) close()                       {}
 
 func (*kernelSteering) inForce() (s Steering, why, wont error) { return SteerFlow, nil, nil }

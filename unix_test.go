@@ -64,6 +64,19 @@ func must(err error) {
 	}
 }
 
+// setFileLimit sets the limit of open files.
+func setFileLimit(n int) error {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return err
+	}
+	assign(&l.Cur, n)
+	return unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+}
+
+// assign is for fields whose type differs between systems.
+func assign[T int64 | uint64](p *T, n int) { *p = T(n) }
+
 // useUpDescriptors opens files until no descriptor is left.
 func useUpDescriptors() (files []*os.File) {
 	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 128, Max: 128}))
