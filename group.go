@@ -348,6 +348,7 @@ func (g *group) reserve(n int, cfg *config) error {
 func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, error) {
 	first, err := g.openFirst(ctx, cfg)
 	if err != nil {
+		err = g.explain(err)
 		g.failed = true
 		g.mu.Lock()
 		g.dying = true
@@ -359,7 +360,7 @@ func (g *group) open(ctx context.Context, n int, cfg *config) ([]*Listener, erro
 			}
 		}
 		g.end(first)
-		return nil, g.explain(err)
+		return nil, err
 	}
 	if g.d != nil {
 		g.addr = g.d.ln.Addr()
@@ -634,7 +635,12 @@ func (g *group) explain(err error) error {
 	case g.at.network == "unix" || g.at.network == "unixpacket":
 		hint = "another process listens there, or left its socket file: remove the file if nobody does"
 	case g.d != nil:
-		hint = fmt.Sprintf("another listener has the address, and it can't be shared between processes without WithHandoff (%v): let both use WithHandoff, end that one, or choose another address", g.noKernel)
+		hint = fmt.Sprintf("another listener has the address, and it can't be shared between processes without WithHandoff (%v): let both use it with the same path, end that one, or choose another address", g.noKernel)
+	}
+	if g.h != nil {
+		if why := g.h.state(g.at); why != nil {
+			hint += "; " + why.Error()
+		}
 	}
 	explained := *op
 	explained.Err = &hintedError{op.Err, hint}

@@ -49,24 +49,27 @@ var (
 var errLocked = errors.New("another process is the hub")
 
 type hub struct {
-	path  string
-	lock  *os.File
-	ln    *net.UnixListener
-	inode fs.FileInfo // of the socket file
-	quit  chan struct{}
-	over  chan struct{} // closed when it is the hub no more
-	count chan int      // of the processes, for the lock file; holds one
-	wg    sync.WaitGroup
+	path    string
+	process processID // its own client
+	lock    *os.File
+	ln      *net.UnixListener
+	inode   fs.FileInfo // of the socket file
+	quit    chan struct{}
+	over    chan struct{} // closed when it is the hub no more
+	count   chan int      // of the processes, for the lock file; holds one
+	wg      sync.WaitGroup
 
-	mu        sync.Mutex
-	closed    bool
-	peers     map[*hubPeer]bool
-	sockets   map[socketID]*hubSocket
-	pending   map[uint32]*deposit // by the number of what was passed on
-	lastN     uint32
-	gathering bool // nobody is told that he knows everything yet
-	expected  int  // processes to wait for
-	unserved  map[place]time.Time
+	mu       sync.Mutex
+	closed   bool
+	peers    map[*hubPeer]bool
+	sockets  map[socketID]*hubSocket
+	pending  map[uint32]*deposit // by the number of what was passed on
+	lastN    uint32
+	young    bool                  // it waits for processes that the hub before knew
+	expected int                   // how many of them there must be
+	missing  map[processID]bool    // those that others say accept from a socket, and didn't come yet
+	wanted   map[socketID]*hubPeer // who was asked for a socket, and has not sent it yet
+	unserved map[place]time.Time
 }
 
 // A hubPeer is a process of the set.
@@ -74,7 +77,7 @@ type hubPeer struct {
 	w       *wire
 	process processID
 	asked   bool              // it has said all that it holds
-	has     map[socketID]bool // until it was told the rest
+	has     map[socketID]bool // and whether it accepts from it; until it was told the rest
 	synced  bool              // it was told the rest, and is from then on
 	on      map[place]bool    // where it listens
 	owns    int               // sockets
@@ -122,17 +125,16 @@ func openLock(path string) (*os.File, error) {
 }
 
 // startHub takes the lock and listens on the path, or returns errLocked.
-// Everything that binds or removes a file is done under the lock. A newcomer
-// holds no socket yet.
-func startHub(path string, newcomer bool) (*hub, error) {
+// Everything that binds or removes a file is done under the lock.
+func startHub(path string, process processID) (*hub, error) {
 	lock, err := openLock(path)
 	if err != nil {
 		return nil, err
 	}
 	h := &hub{path: path, lock: lock, quit: make(chan struct{}), over: make(chan struct{}), count: make(chan int, 1),
 		peers: make(map[*hubPeer]bool), sockets: make(map[socketID]*hubSocket),
-		pending: make(map[uint32]*deposit), unserved: make(map[place]time.Time)}
-	if err := h.begin(newcomer); err != nil {
+		pending: make(map[uint32]*deposit), unserved: make(map[place]time.Time), wanted: make(map[socketID]*hubPeer), missing: make(map[processID]bool), process: process}
+	if err := h.begin(); err != nil {
 		lock.Close()
 		return nil, err
 	}
@@ -142,7 +144,7 @@ func startHub(path string, newcomer bool) (*hub, error) {
 	return h, nil
 }
 
-func (h *hub) begin(newcomer bool) error {
+func (h *hub) begin() error {
 	// O_NONBLOCK is only for a path that is a pipe; Fd would do for a regular file.
 	var lerr error
 	conn, err := h.lock.SyscallConn()
@@ -187,12 +189,15 @@ func (h *hub) begin(newcomer bool) error {
 	b := make([]byte, 16)
 	n, _ := h.lock.ReadAt(b, 0)
 	if before, _ := strconv.Atoi(strings.TrimSpace(string(b[:n]))); before > 1 {
-		h.gathering, h.expected = true, min(before, handoffPeers)-1
-		if newcomer {
-			h.expected++ // itself
-		}
-		time.AfterFunc(gatherTime, h.gathered)
+		h.expected = before - 1
 	}
+	h.young = true
+	time.AfterFunc(gatherTime, func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.young = false
+		h.syncAll()
+	})
 	return nil
 }
 
@@ -277,7 +282,7 @@ func (h *hub) close() {
 	h.closed = true
 	others := 0
 	for p := range h.peers {
-		if p.synced {
+		if p.synced && p.process != h.process {
 			others++
 		}
 	}
@@ -298,9 +303,7 @@ func (h *hub) close() {
 	for _, s := range h.sockets {
 		s.d.release()
 	}
-	if others == 0 {
-		h.writeCount(0)
-	}
+	h.writeCount(others + 1) // as if it had died
 	h.lock.Close()
 	close(h.over)
 }
@@ -346,7 +349,7 @@ func (h *hub) greet(p *hubPeer) error {
 		version = 0 // none
 	}
 	p.process = f.process
-	p.w.send(frame{kind: frameHello, n: uint32(version)}, nil)
+	p.w.send(frame{kind: frameHello, n: uint32(version), process: h.process}, nil)
 	if version == 0 {
 		return errors.New("no common version")
 	}
@@ -364,30 +367,24 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 	switch f.kind {
 	case frameHas:
 		if !p.synced {
-			p.has[f.id] = true
+			p.has[f.id] = f.flags&flagMine != 0
+		}
+		if h.young && f.process != (processID{}) && h.peer(f.process) == nil {
+			h.missing[f.process] = true
 		}
 		switch {
-		case s == nil:
-			p.w.send(frame{kind: frameWant, id: f.id}, nil)
-		case f.flags&flagMine != 0 && s.owner == nil:
+		case s != nil && f.flags&flagMine != 0 && s.owner == nil:
 			h.own(p, s)
+		case s == nil && h.wanted[f.id] == nil:
+			h.want(p, f.id)
 		}
 	case frameSynced:
 		p.asked = true
-		if !h.gathering {
-			h.sync(p)
-			break
-		}
-		asked := 0
-		for q := range h.peers {
-			if q.asked {
-				asked++
-			}
-		}
-		if asked >= h.expected {
-			h.gatheredLocked()
-		}
+		delete(h.missing, p.process)
+		h.syncAll()
 	case frameSocket:
+		delete(h.wanted, f.id)
+		defer h.syncAll()
 		if s == nil {
 			if p.owns >= handoffSockets || len(h.sockets) >= handoffSockets*handoffPeers || checkReceived(d, f.at) != nil {
 				reply(p, f.n, 0)
@@ -488,9 +485,12 @@ func socketFrame(s *hubSocket, n uint32) frame {
 func (h *hub) deposit(p *hubPeer, f frame, d *descriptor) {
 	s := &hubSocket{d: d.hold(), f: f, by: p}
 	h.sockets[f.id] = s
-	if f.flags&flagMine != 0 {
-		s.owner = p
-		p.owns++
+	for q := range h.peers {
+		if q == p && f.flags&flagMine != 0 || q.has[f.id] {
+			s.owner = q
+			q.owns++
+			break
+		}
 	}
 	h.lastN++
 	n := max(h.lastN, 1)
@@ -528,13 +528,61 @@ func (h *hub) confirmed(n uint32, dep *deposit, p *hubPeer) {
 	}
 }
 
-// sync tells a peer what it doesn't know.
-func (h *hub) sync(p *hubPeer) {
-	if p.synced {
+// want asks a peer for a socket that it has.
+func (h *hub) want(p *hubPeer, id socketID) {
+	if len(h.wanted) == 0 {
+		time.AfterFunc(gatherTime, func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			clear(h.wanted)
+			h.syncAll()
+		})
+	}
+	h.wanted[id] = p
+	p.w.send(frame{kind: frameWant, id: id}, nil)
+}
+
+// complete tells whether everything is known that there is to know.
+func (h *hub) complete() bool {
+	if h.young {
+		came := 0
+		for p := range h.peers {
+			if p.asked && (p.synced || len(p.has) > 0) {
+				came++
+			}
+		}
+		if came < h.expected || len(h.missing) > 0 {
+			return false
+		}
+	}
+	return len(h.wanted) == 0
+}
+
+// peer returns the peer of a process that has said all that it holds.
+func (h *hub) peer(process processID) *hubPeer {
+	for p := range h.peers {
+		if p.asked && p.process == process {
+			return p
+		}
+	}
+	return nil
+}
+
+// syncAll tells those that asked what they don't know, once everything is known.
+func (h *hub) syncAll() {
+	if h.closed || !h.complete() {
 		return
 	}
+	for p := range h.peers {
+		if p.asked && !p.synced {
+			h.sync(p)
+		}
+	}
+}
+
+func (h *hub) sync(p *hubPeer) {
 	for id, s := range h.sockets {
-		if !p.has[id] {
+		if _, has := p.has[id]; !has {
 			p.w.send(socketFrame(s, 0), s.d)
 			continue
 		}
@@ -547,24 +595,6 @@ func (h *hub) sync(p *hubPeer) {
 	p.has, p.synced = nil, true
 	p.w.send(frame{kind: frameSynced}, nil)
 	h.counted()
-}
-
-func (h *hub) gathered() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.gatheredLocked()
-}
-
-func (h *hub) gatheredLocked() {
-	if !h.gathering || h.closed {
-		return
-	}
-	h.gathering = false
-	for p := range h.peers {
-		if p.asked {
-			h.sync(p)
-		}
-	}
 }
 
 // counted has the number of processes written into the lock file.
@@ -643,6 +673,18 @@ func (h *hub) leave(p *hubPeer) {
 			h.confirmed(n, dep, p)
 		}
 	}
+	for id, q := range h.wanted {
+		if q == p {
+			delete(h.wanted, id)
+			for r := range h.peers {
+				if _, has := r.has[id]; has {
+					h.want(r, id)
+					break
+				}
+			}
+		}
+	}
+	h.syncAll()
 	for at := range p.on {
 		h.recount(at)
 		if h.on(at) == 0 {

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -121,7 +122,7 @@ func isHub(path string) bool {
 	handoffs.mu.Lock()
 	defer handoffs.mu.Unlock()
 	h := handoffs.m[path]
-	return h != nil && h.isHub.Load()
+	return h != nil && h.isHub()
 }
 
 // startServer starts a server, which ends with the test at the latest.
@@ -184,8 +185,12 @@ func (s *server) signal(sig os.Signal) {
 func (s *server) wait() {
 	if !s.ended {
 		s.ended = true
-		io.Copy(io.Discard, s.out.Buffered())
+		late := time.AfterFunc(limit(20*time.Second), func() {
+			s.t.Error("a server doesn't end")
+			s.cmd.Process.Kill()
+		})
 		s.cmd.Wait()
+		late.Stop()
 	}
 }
 
@@ -329,5 +334,495 @@ func TestHandoffExperiment(t *testing.T) {
 				require.Equal(t, n, served)
 			})
 		})
+	}
+}
+
+// Rolling restarts under continuous dials lose nothing, whether the new process
+// starts before the old one ends or, while another one lives, after it. The
+// number of sockets doesn't grow, and the last process has no goroutine and no
+// descriptor more than the first.
+func TestHandoffRollingRestarts(t *testing.T) {
+	for _, newFirst := range []bool{true, false} {
+		t.Run(map[bool]string{true: "new before old", false: "old before new"}[newFirst], func(t *testing.T) {
+			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+				const members = 2
+				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: members, Dispatcher: dispatcher, Accept: true}
+				servers := []*server{startServer(t, job)}
+				job.Address = servers[0].Address
+				servers = append(servers, startServer(t, job))
+				restart := func() {
+					old := servers[0]
+					if newFirst {
+						servers = append(servers[1:], startServer(t, job))
+						servers[1].becomes(isHandedOff)
+						old.close()
+					} else {
+						servers[1].becomes(isHandedOff)
+						old.close()
+						servers = append(servers[1:], startServer(t, job))
+					}
+				}
+				restart()
+				restart()
+				most := func() serverReport {
+					a, b := servers[0].ask("report"), servers[1].ask("report") // one of them is the hub
+					return serverReport{Sockets: max(a.Sockets, b.Sockets), Goroutines: max(a.Goroutines, b.Goroutines), Descriptors: max(a.Descriptors, b.Descriptors)}
+				}
+				for _, s := range servers {
+					s.becomes(isHandedOff)
+				}
+				first := most()
+				d := startLoad(4, "tcp", job.Address)
+				restarts := count(50, 6)
+				for range restarts {
+					restart()
+				}
+				for _, s := range servers {
+					s.becomes(isHandedOff)
+				}
+				d.end(t, !dispatcher)
+				var last serverReport
+				require.Eventually(t, func() bool {
+					last = most()
+					return last.Sockets <= first.Sockets && last.Goroutines <= first.Goroutines && last.Descriptors <= first.Descriptors
+				}, limit(10*time.Second), 10*time.Millisecond, "%+v, then %+v", &first, &last)
+				t.Logf("%d restarts; a process had %d sockets, %d goroutines, %d descriptors after the first two, %d, %d, %d after the last", restarts,
+					first.Sockets, first.Goroutines, first.Descriptors, last.Sockets, last.Goroutines, last.Descriptors)
+				switch {
+				case dispatcher:
+					require.Equal(t, 1, last.Sockets)
+				case newFirst:
+					require.Equal(t, 2*members, last.Sockets, "its own, and those that the newest one left to be adopted")
+				default:
+					require.Equal(t, members, last.Sockets)
+				}
+			})
+		})
+	}
+}
+
+// Processes that start at the same instant are one set, whoever binds first, and
+// so they are after many of them died in one instant.
+func TestHandoffStartAndDieTogether(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 1, Dispatcher: dispatcher}
+		if !dispatcher {
+			job.Members = 2
+		}
+		first := startServer(t, job)
+		job.Address = first.Address
+		n := count(24, 6)
+		for range 3 {
+			servers := make([]*server, n)
+			for i := range servers {
+				servers[i] = beginServer(t, job)
+			}
+			for _, s := range servers {
+				s.hear()
+				require.Empty(t, s.Err)
+			}
+			hubs := 0
+			for _, s := range append(servers, first) {
+				s.becomes(isHandedOff)
+				if s.Hub {
+					hubs++
+				}
+			}
+			require.Equal(t, 1, hubs, "the set is split")
+			conns := standing(t, job.Address, count(400, 40))
+			for _, s := range append(servers[1:], first) {
+				s.signal(syscall.SIGKILL)
+			}
+			servers[0].ask("accept")
+			require.Equal(t, len(conns), answered(conns))
+			for _, s := range append(servers[1:], first) {
+				s.wait()
+			}
+			first = startServer(t, job)
+			first.becomes(isHandedOff)
+			for _, c := range conns {
+				c.Close()
+			}
+			servers[0].close()
+		}
+	})
+}
+
+// A whole set that starts anew after a crash finds what the crash left: a socket
+// file that nobody listens on, and a lock file.
+func TestHandoffStaleFiles(t *testing.T) {
+	noLeaks(t)
+	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
+	servers := []*server{startServer(t, job), startServer(t, job)}
+	for _, s := range servers {
+		s.kill()
+	}
+	require.FileExists(t, lockPath(job.Path))
+	os.Remove(newPath(job.Path))
+	require.NoError(t, os.WriteFile(newPath(job.Path), nil, 0o600)) // of a hub that died between bind and rename
+	job.Address = "127.0.0.1:0"
+	a := startServer(t, job)
+	job.Address = a.Address
+	b := startServer(t, job)
+	a.becomes(isHandedOff)
+	b.becomes(isHandedOff)
+	b.close()
+	a.close()
+	require.NoFileExists(t, job.Path)
+	require.NoFileExists(t, newPath(job.Path))
+	require.FileExists(t, lockPath(job.Path))
+}
+
+// Somebody removes the files of a set that lives: it finds together again.
+func TestHandoffFilesRemoved(t *testing.T) {
+	for _, what := range []func(string) string{func(p string) string { return p }, lockPath} {
+		t.Run(filepath.Ext(what("socket")), func(t *testing.T) {
+			noLeaks(t)
+			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
+			a := startServer(t, job)
+			job.Address = a.Address
+			b := startServer(t, job)
+			a.becomes(isHandedOff)
+			require.NoError(t, os.Remove(what(job.Path)))
+			c := startServer(t, job)
+			hubs := 0
+			for _, s := range []*server{a, b, c} {
+				s.becomes(isHandedOff)
+			}
+			require.Eventually(t, func() bool {
+				hubs = 0
+				for _, s := range []*server{a, b, c} {
+					if r := s.ask("report"); r.Hub && isHandedOff(r) {
+						hubs++
+					}
+				}
+				return hubs == 1
+			}, limit(5*time.Second), 20*time.Millisecond, "%+v %+v %+v", &a.serverReport, &b.serverReport, &c.serverReport)
+			conns := standing(t, job.Address, 60)
+			a.kill()
+			b.kill()
+			c.ask("accept")
+			require.Equal(t, len(conns), answered(conns))
+		})
+	}
+}
+
+// A stopped process delays nobody: the others accept and close, listeners join
+// within a second or so, and what waits in the stopped one's queue is served by
+// the others after silentAfter. When it goes on, the set is whole again. The hub
+// is stopped in one case, another process in the other.
+func TestHandoffStoppedProcess(t *testing.T) {
+	for i, name := range []string{"the hub", "another"} {
+		t.Run(name, func(t *testing.T) {
+			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
+				var servers []*server
+				for range 3 {
+					servers = append(servers, startServer(t, job))
+					job.Address = servers[0].Address
+				}
+				for _, s := range servers {
+					s.becomes(isHandedOff)
+				}
+				stopped, other := servers[i], servers[2]
+				n := count(600, 60)
+				conns := standing(t, job.Address, n)
+				stopped.signal(syscall.SIGSTOP)
+				servers[1-i].ask("accept")
+				other.ask("accept")
+				begin := time.Now()
+				require.Equal(t, n, answered(conns))
+				t.Logf("all %d connections, those in the stopped process's queue too, were served after %v", n, time.Since(begin))
+				r := other.ask("close one")
+				require.Less(t, r.Took, limit(2*time.Second))
+				newcomer := beginServer(t, job)
+				newcomer.hear()
+				if dispatcher && i == 0 {
+					// Nobody can give it the one socket there is.
+					require.Contains(t, newcomer.Err, "the hub doesn't answer")
+					newcomer = startServer(t, serverJob{Path: job.Path, Address: "127.0.0.1:0"})
+					require.Less(t, newcomer.Took, limit(2*time.Second))
+					newcomer.close()
+					newcomer = other
+				} else {
+					require.Empty(t, newcomer.Err)
+					require.Less(t, newcomer.Took, limit(4*time.Second))
+					newcomer.ask("accept")
+				}
+				more := standing(t, job.Address, n)
+				require.Equal(t, n, answered(more))
+
+				stopped.signal(syscall.SIGCONT)
+				if newcomer != other {
+					servers = append(servers, newcomer)
+				}
+				for _, s := range servers {
+					s.becomes(isHandedOff)
+				}
+				conns = append(conns, more...)
+				for _, c := range conns {
+					c.Close()
+				}
+				stopped.ask("accept")
+				more = standing(t, job.Address, n)
+				require.Equal(t, n, answered(more))
+				for _, s := range servers {
+					r := s.ask("close")
+					require.Less(t, r.Took, limit(2*time.Second))
+				}
+			})
+		})
+	}
+}
+
+// The end is an end: with the last process of an address everything closes, and
+// when it is killed, what waits is kept for the next one for a while.
+func TestHandoffEnd(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
+		refused := func(address string) func() bool {
+			return func() bool {
+				c, err := dialOnce("tcp", address)
+				if err == nil {
+					c.Close()
+				}
+				return isRefused(err)
+			}
+		}
+		elsewhere := startServer(t, job)
+		one := startServer(t, job)
+		require.NotEqual(t, elsewhere.Address, one.Address)
+		require.False(t, isHandedOff(one.ask("report")), "nobody else listens on the address")
+		require.Contains(t, one.Reason, "no other process listens on the address")
+		address := one.Address
+		r := one.ask("close")
+		require.Less(t, r.Took, limit(time.Second))
+		require.True(t, refused(address)())
+
+		// Killed, the next one on the address gets what waits.
+		again := job
+		again.Address = address
+		one = startServer(t, again)
+		conns := standing(t, address, 40)
+		one.kill()
+		conns = append(conns, standing(t, address, 40)...)
+		again.Accept = true
+		one = startServer(t, again)
+		require.Equal(t, len(conns), answered(conns))
+		for _, c := range conns {
+			c.Close()
+		}
+		one.close()
+		require.True(t, refused(address)())
+		require.Empty(t, elsewhere.ask("report").Err)
+		elsewhere.close()
+		require.True(t, refused(elsewhere.Address)())
+		require.NoFileExists(t, job.Path)
+	})
+}
+
+// What is kept for an address that nobody listens on is kept for unservedFor.
+func TestHandoffUnserved(t *testing.T) {
+	noLeaks(t)
+	defer set(&unservedFor, 100*time.Millisecond)()
+	defer set(&beatEvery, 50*time.Millisecond)()
+	path := handoffPath(t)
+	elsewhere, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer elsewhere.Close()
+	one := startServer(t, serverJob{Path: path, Address: "127.0.0.1:0"})
+	pool := func() (n int) {
+		h := handoffs.m[path]
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return len(h.sockets)
+	}
+	require.Equal(t, 1+4, pool())
+	conns := standing(t, one.Address, 8)
+	one.kill()
+	require.Eventually(t, func() bool { return pool() == 1 }, limit(5*time.Second), 5*time.Millisecond)
+	require.Zero(t, answered(conns))
+}
+
+// set sets a variable, and returns what puts it back.
+func set[T any](p *T, v T) func() {
+	before := *p
+	*p = v
+	return func() { *p = before }
+}
+
+// Info tells of the handoff only while another process holds the sockets.
+func TestHandoffInfo(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		opts := []Option{WithHandoff(handoffPath(t))}
+		if dispatcher {
+			opts = append(opts, WithDispatcher())
+		}
+		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
+		is := func(want bool) func() bool {
+			return func() bool {
+				i := g.Info()
+				return i.OnKill&InheritHandoff != 0 == want && i.OnClose&InheritHandoff != 0 == want
+			}
+		}
+		require.True(t, is(false)())
+		require.ErrorContains(t, ls[0].Info().Reason, "no other process listens on the address")
+		b := startServer(t, serverJob{Path: g.g.handoff, Address: g.Addr().String(), Dispatcher: dispatcher})
+		require.True(t, is(true)(), "%+v", g.Info())
+		require.Equal(t, "process+handoff", (ls[0].Info().OnClose &^ InheritKernel).String())
+		require.NotContains(t, fmt.Sprint(ls[0].Info().Reason), "handoff")
+		b.kill()
+		require.Eventually(t, is(false), limit(5*time.Second), time.Millisecond)
+		if !dispatcher {
+			require.Eventually(t, func() bool { return g.Info().Sockets == 2+4 }, limit(5*time.Second), time.Millisecond)
+		}
+	})
+}
+
+// Several addresses, of several networks, use one path.
+func TestHandoffSeveralAddresses(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	type addr struct{ network, address string }
+	var addrs []addr
+	var mine []*Listener
+	for _, e := range endpoints[:3] {
+		e.need(t)
+		addrs = append(addrs, addr{e.network, e.listen})
+	}
+	addrs = append(addrs, addr{"unix", filepath.Join(filepath.Dir(path), "app.sock")})
+	var jobs []serverJob
+	for _, a := range addrs {
+		_, ls := newTestGroup(t, 1, a.network, a.address, WithHandoff(path))
+		mine = append(mine, ls[0])
+		at := ls[0].g.at
+		jobs = append(jobs, serverJob{Path: path, Network: a.network, Address: at.String(), Members: 1})
+	}
+	for i, job := range jobs {
+		s := startServer(t, job)
+		s.becomes(isHandedOff)
+		require.NotZero(t, mine[i].Info().OnKill&InheritHandoff)
+		for range 2 {
+			c := dialTest(t, mine[i].Addr())
+			_, err := c.Write([]byte("x"))
+			require.NoError(t, err)
+			defer c.Close()
+		}
+		s.kill()
+	}
+	for i := range jobs {
+		for range 2 {
+			acceptWithin(t, mine[i])
+		}
+	}
+	for _, l := range mine {
+		require.NoError(t, l.Close())
+	}
+	require.NoFileExists(t, addrs[3].address)
+}
+
+// A unix socket's file stays while another process accepts from the socket.
+func TestHandoffUnixSocketFile(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	app := filepath.Join(filepath.Dir(path), "app.sock")
+	a, err := Listen("unix", app, WithHandoff(path))
+	require.NoError(t, err)
+	b := startServer(t, serverJob{Path: path, Network: "unix", Address: app})
+	require.NoError(t, a.Close())
+	c := dialTest(t, a.Addr())
+	_, err = c.Write([]byte("x"))
+	require.NoError(t, err)
+	b.ask("accept")
+	require.Equal(t, 1, answered([]net.Conn{c}))
+	c.Close()
+	b.close()
+	require.NoFileExists(t, app)
+}
+
+// Bad paths are refused with an error that names them and says what to do, and
+// nothing is harmed.
+func TestHandoffBadPath(t *testing.T) {
+	noLeaks(t)
+	dir := filepath.Dir(handoffPath(t))
+	file := filepath.Join(dir, "file")
+	require.NoError(t, os.WriteFile(file, []byte("precious"), 0o600))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "dir"), 0o700))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "open"), 0o700))
+	require.NoError(t, os.Chmod(filepath.Join(dir, "open"), 0o777))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "locked.lock"), 0o700))
+	require.NoError(t, os.Symlink(file, filepath.Join(dir, "link.lock")))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "closed"), 0o500))
+	for _, c := range []struct{ path, want string }{
+		{"", "the path is empty"},
+		{"a\x00b", "NUL"},
+		{filepath.Join(dir, strings.Repeat("x", 100)), "choose a shorter one"},
+		{filepath.Join(dir, "none", "lb"), "no such file or directory"},
+		{filepath.Join(file, "lb"), "not a directory"},
+		{filepath.Join(dir, "dir"), "is not a unix socket: choose another path"},
+		{file, "is not a unix socket: choose another path"},
+		{filepath.Join(dir, "open", "lb"), "can be written to by others"},
+		{filepath.Join(dir, "locked"), "lock file"},
+		{filepath.Join(dir, "link"), "lock file"},
+		{filepath.Join(dir, "closed", "lb"), "permission denied"},
+		{filepath.Join(os.TempDir(), "lblisten-test"), "can be written to by others"},
+	} {
+		if c.want == "permission denied" && os.Geteuid() == 0 {
+			continue // TestUnprivileged has this case
+		}
+		ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(c.path))
+		require.ErrorContains(t, err, c.want, "%q", c.path)
+		require.ErrorContains(t, err, "127.0.0.1:0")
+		require.ErrorContains(t, err, "WithHandoff")
+		require.Nil(t, ln)
+		require.IsType(t, (*net.OpError)(nil), err)
+	}
+	b, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.Equal(t, "precious", string(b))
+}
+
+// What doesn't fit is refused with both named.
+func TestHandoffConflicts(t *testing.T) {
+	noLeaks(t)
+	a, b := handoffPath(t), handoffPath(t)
+	modes[0].need(t)
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(a))
+	require.NoError(t, err)
+	defer ln.Close()
+	plain, err := Listen("tcp", "127.0.0.1:0", WithLB())
+	require.NoError(t, err)
+	defer plain.Close()
+	address := ln.Addr().String()
+	joinTest(t, ln, WithLB()).Close()
+	joinTest(t, ln, WithHandoff(filepath.Join(filepath.Dir(a), ".", filepath.Base(a)))).Close()
+	for _, c := range []struct {
+		address string
+		opts    []Option
+		want    []string
+	}{
+		{address, []Option{WithHandoff(b)}, []string{a, b}},
+		{plain.Addr().String(), []Option{WithHandoff(b)}, []string{b, "no handoff"}},
+		{address, []Option{WithHandoff(a), WithDispatcher()}, []string{"WithDispatcher"}},
+		{"127.0.0.1:0", []Option{WithHandoff(a), WithSteering(SteerSource)}, []string{"source", "not supported"}},
+		{"127.0.0.1:0", []Option{WithHandoff(a), WithRequireKernel(), WithSteering(SteerLoad)}, []string{"load", "not supported"}},
+		{"127.0.0.1:0", []Option{WithHandoff(a), WithReusePort()}, []string{"WithReusePort"}},
+	} {
+		_, err := Listen("tcp", c.address, c.opts...)
+		for _, want := range c.want {
+			require.ErrorContains(t, err, want)
+		}
+	}
+	_, err = ListenGroup(context.Background(), "tcp", "127.0.0.1:0", handoffSockets+1, WithHandoff(a))
+	require.ErrorIs(t, err, ErrGroupFull)
+	lower, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer lower.Close()
+	_, err = Dispatch(lower, 1, WithHandoff(a))
+	require.ErrorContains(t, err, "WithHandoff")
+	// Another process has the address and doesn't share it.
+	for _, opt := range []Option{WithRequireKernel(), WithDispatcher()} {
+		_, err = Listen("tcp", lower.Addr().String(), opt, WithHandoff(a))
+		require.True(t, isAddrInUse(err), "%v", err)
 	}
 }

@@ -19,7 +19,6 @@ package lblisten
 // locks; applying, which comes before group.mu, orders changes of what is shared.
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,13 +56,15 @@ type handoff struct {
 	stop    context.CancelFunc // of quit
 	ended   chan struct{}      // closed when everything is closed
 	changed chan struct{}      // something in the pool changed; holds one
-	isHub   atomic.Bool
+	own     atomic.Pointer[hub] // in this process, now or before
 
 	applying sync.Mutex // held while sockets are shared or taken back
 
 	mu      sync.Mutex
 	w       *wire // to the hub; nil without one
-	synced  bool  // the hub has told everything
+	hub     processID
+	synced  bool // the hub has told everything
+	alone   bool // the hub was lost, and no other has told everything yet
 	lost    time.Time
 	why     error         // why it is not synced
 	turn    chan struct{} // closed when synced, w or why changes
@@ -71,7 +72,7 @@ type handoff struct {
 	dropped []*pooled // that were shared, and have to be taken back
 	groups  map[place]*group
 	peers   map[place]int // processes that listen there, this one included
-	answers map[uint32]func(ok bool)
+	answers map[uint32]func(ok, answered bool)
 	lastN   uint32
 }
 
@@ -112,7 +113,7 @@ func newHandoff(path string, log *slog.Logger) *handoff {
 	h := &handoff{path: path, process: newID(), log: log, lost: time.Now(), why: errors.New("the hub has not answered yet"),
 		ended: make(chan struct{}), changed: make(chan struct{}, 1), turn: make(chan struct{}),
 		sockets: make(map[socketID]*pooled), groups: make(map[place]*group), peers: make(map[place]int),
-		answers: make(map[uint32]func(bool))}
+		answers: make(map[uint32]func(ok, answered bool))}
 	h.quit, h.stop = context.WithCancel(context.Background())
 	go h.run()
 	return h
@@ -241,46 +242,20 @@ func (h *handoff) run() {
 			}
 		}
 	}()
-	var own *hub
-	const firstPause, lastPause = 2 * time.Millisecond, 500 * time.Millisecond
+	const firstPause, lastPause = 2 * time.Millisecond, 100 * time.Millisecond
 	pause := firstPause
-	for {
-		select {
-		case <-h.quit.Done():
-			<-settled
-			if own != nil {
-				own.close()
-			}
-			h.mu.Lock()
-			for _, p := range h.sockets {
-				p.d.release()
-			}
-			h.sockets = nil
-			h.mu.Unlock()
-			return
-		default:
-		}
+	for h.quit.Err() == nil {
 		var err error
-		if own != nil {
-			select {
-			case <-own.over: // somebody removed its files
-				own = nil
-				h.isHub.Store(false)
-			default:
-			}
-		}
-		if own == nil {
-			h.mu.Lock()
-			newcomer := len(h.sockets) == 0
-			h.mu.Unlock()
-			if own, err = startHub(h.path, newcomer); err == nil {
-				h.isHub.Store(true)
+		if !h.isHub() {
+			var own *hub
+			if own, err = startHub(h.path, h.process); err == nil {
+				h.own.Store(own)
 				log(h.log, "this process is the hub of the handoff", "path", h.path)
 			} else if err != errLocked {
 				h.fail(err)
 			}
 		}
-		if own != nil || err == errLocked {
+		if err == nil || err == errLocked {
 			if h.session() {
 				pause = firstPause
 				continue
@@ -292,6 +267,30 @@ func (h *handoff) run() {
 		}
 		pause = min(2*pause, lastPause)
 	}
+	<-settled
+	if own := h.own.Load(); own != nil {
+		own.close()
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.sockets {
+		p.d.release()
+	}
+	h.sockets = nil
+}
+
+// isHub tells whether the hub is in this process.
+func (h *handoff) isHub() bool {
+	own := h.own.Load()
+	if own == nil {
+		return false
+	}
+	select {
+	case <-own.over: // somebody removed its files
+		return false
+	default:
+		return true
+	}
 }
 
 // fail notes why there is no hub.
@@ -301,15 +300,18 @@ func (h *handoff) fail(err error) {
 	if h.synced {
 		h.lost = time.Now()
 	}
-	h.w, h.synced, h.why = nil, false, err
+	h.w, h.synced, h.alone, h.why = nil, false, true, err
 	clear(h.peers)
 	for _, p := range h.sockets {
 		p.isKept = false
+		if p.owner == h.hub {
+			p.owner = processID{} // it is the one that is gone
+		}
 	}
 	answers := h.answers
-	h.answers = make(map[uint32]func(bool))
+	h.answers = make(map[uint32]func(ok, answered bool))
 	for _, answer := range answers {
-		answer(false)
+		answer(false, false)
 	}
 	h.turned()
 }
@@ -388,12 +390,12 @@ func (h *handoff) greet(w *wire) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range h.sockets {
-		w.send(frame{kind: frameHas, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, nil)
+		w.send(frame{kind: frameHas, flags: p.flags(), id: p.id, process: p.owner, at: p.at, sub: p.sub}, nil)
 		p.owner = processID{} // unless the hub says so again
 		p.isKept = true       // unless the hub wants it
 	}
 	w.send(frame{kind: frameSynced}, nil)
-	h.w = w
+	h.w, h.hub = w, f.process
 	return nil
 }
 
@@ -455,7 +457,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) {
 	case framePeers:
 		h.peers[f.at] = int(f.n)
 	case frameSynced:
-		h.synced, h.why = true, nil
+		h.synced, h.alone, h.why = true, false, nil
 		for at := range h.groups {
 			w.send(frame{kind: frameOn, at: at}, nil)
 		}
@@ -463,7 +465,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) {
 	case frameReply:
 		if answer := h.answers[f.n]; answer != nil {
 			delete(h.answers, f.n)
-			answer(f.flags&flagOK != 0)
+			answer(f.flags&flagOK != 0, true)
 		}
 	}
 }
@@ -480,10 +482,10 @@ func (h *handoff) forget(p *pooled) {
 }
 
 // ask sends a frame that wants an answer. It is called under mu, and so is
-// answer; with false if there is no hub (any more).
-func (h *handoff) ask(f frame, d *descriptor, answer func(ok bool)) {
+// answer; answered is false if there is no hub (any more).
+func (h *handoff) ask(f frame, d *descriptor, answer func(ok, answered bool)) {
 	if h.w == nil {
-		answer(false)
+		answer(false, false)
 		return
 	}
 	h.lastN = max(1, h.lastN+1)
@@ -494,7 +496,7 @@ func (h *handoff) ask(f frame, d *descriptor, answer func(ok bool)) {
 
 // give deposits a socket with the hub. It is called under mu.
 func (h *handoff) give(p *pooled) {
-	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok bool) {
+	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, _ bool) {
 		if ok {
 			p.isKept = true
 			if p.kept != nil {
@@ -550,30 +552,26 @@ func (h *handoff) await(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// exchange sends a frame, and returns the answer: false and an error if there was
-// none.
+// exchange sends a frame, and returns the answer: an error if there was none.
 func (h *handoff) exchange(ctx context.Context, f frame) (ok bool, err error) {
-	done := make(chan struct{})
-	answered := false
-	h.mu.Lock()
-	if !h.synced {
-		defer h.mu.Unlock()
-		return false, h.why
+	if err := h.awaitSynced(ctx); err != nil {
+		return false, err
 	}
-	h.ask(f, nil, func(yes bool) {
-		ok, answered = yes, yes || h.w != nil
+	done := make(chan struct{})
+	var yes, answered bool
+	h.mu.Lock()
+	h.ask(f, nil, func(ok, really bool) {
+		yes, answered = ok, really
 		close(done)
 	})
 	h.mu.Unlock()
 	if err := h.await(ctx, done); err != nil {
 		return false, err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	if !answered {
-		return false, cmp.Or(h.why, net.ErrClosed)
+		return false, errors.New("the hub is gone")
 	}
-	return ok, nil
+	return yes, nil
 }
 
 // enter puts a group into the pool: from here on it shares what nobody accepts
@@ -583,9 +581,7 @@ func (h *handoff) enter(ctx context.Context, g *group) {
 	h.mu.Lock()
 	h.groups[g.at] = g
 	h.mu.Unlock()
-	if err := h.awaitSynced(ctx); err != nil {
-		log(g.log, "the handoff goes on in the background", "path", h.path, "reason", err)
-	} else if _, err := h.exchange(ctx, frame{kind: frameOn, at: g.at}); err != nil {
+	if _, err := h.exchange(ctx, frame{kind: frameOn, at: g.at}); err != nil {
 		log(g.log, "the handoff goes on in the background", "path", h.path, "reason", err)
 	}
 	h.settle()
@@ -680,8 +676,8 @@ func (h *handoff) withdraw(p *pooled) {
 }
 
 // claim asks for a socket that this process shares, for a member that is to
-// accept from it. It returns false if another process got it. Without a hub
-// nobody is to be asked.
+// accept from it. It returns false if another process has it, or nobody can be
+// asked: without a hub everybody shares everything, and what is owned isn't known.
 func (h *handoff) claim(ctx context.Context, p *pooled) bool {
 	h.mu.Lock()
 	mine := p.mine
@@ -690,7 +686,10 @@ func (h *handoff) claim(ctx context.Context, p *pooled) bool {
 		return true
 	}
 	ok, err := h.exchange(ctx, frame{kind: frameOwner, flags: flagMine, id: p.id})
-	if err == nil && !ok {
+	if err != nil {
+		h.giveBack(p) // the answer may only be late
+	}
+	if err != nil || !ok {
 		return false
 	}
 	h.mu.Lock()
@@ -752,7 +751,8 @@ func (h *handoff) settle() {
 		if g == nil || p.mine || p.refused || !p.balanced || g.d != nil {
 			continue
 		}
-		switch free := !h.synced || p.owner == (processID{}); {
+		// A claim of this process becomes its own only with the answer.
+		switch free := h.alone || p.owner == (processID{}) || p.owner == h.process; {
 		case free && !p.shared && listens(p.d):
 			p.shared = true
 			p.d.hold()

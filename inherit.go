@@ -107,10 +107,16 @@ func (g *group) inherit(s *socket) bool {
 // adopt takes a shared socket out of the group for a new member; nil if there
 // is none. Of a handoff's sockets it takes those that no other process takes.
 func (g *group) adopt(ctx context.Context, network string) *socket {
+	var refused []*watch
 	for {
 		g.mu.Lock()
+		for _, w := range refused {
+			w.wanted = false
+		}
 		shared := *g.shared.Load()
-		i := slices.IndexFunc(shared, func(w *watch) bool { return !w.wanted && w.s.net == network })
+		i := slices.IndexFunc(shared, func(w *watch) bool {
+			return !w.wanted && w.s.net == network && !slices.Contains(refused, w)
+		})
 		if i < 0 {
 			g.mu.Unlock()
 			return nil
@@ -120,7 +126,8 @@ func (g *group) adopt(ctx context.Context, network string) *socket {
 		g.mu.Unlock()
 		p := w.s.pooled
 		if p != nil && !g.h.claim(ctx, p) {
-			continue // another process has it, and it is taken back soon
+			refused = append(refused, w) // another process has it
+			continue
 		}
 		if g.unshare(w) {
 			w.s.ln.SetDeadline(time.Time{}) // that of the last take
