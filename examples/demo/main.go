@@ -17,9 +17,16 @@
 // had accepted already have died with the process, and are counted apart, from
 // records that a worker writes into a pipe before it answers.
 //
-//	go run ./examples/demo            # some seconds
-//	go run ./examples/demo -compare   # the same with go-reuseport beside it
-//	go run ./examples/demo -json      # for programs
+// The workers hold each other's sockets (lblisten.WithHandoff), so that what
+// waits for a worker that is stopped or killed is taken over by the other one.
+// That takes no privilege. Without it (-handoff=false) the kernel resets what
+// waits, unless it lets another process inherit.
+//
+//	go run ./examples/demo                  # some seconds
+//	go run ./examples/demo -compare         # the same with go-reuseport beside it
+//	go run ./examples/demo -dispatcher      # both workers accept from one socket
+//	go run ./examples/demo -handoff=false   # each worker has its own sockets only
+//	go run ./examples/demo -json            # for programs
 //
 // The exit status is 0 if every claim of the package was kept and every client
 // is accounted for, 1 if not, and 2 for a wrong flag.
@@ -34,8 +41,11 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/lblisten/lblisten"
 )
 
 // settings are the flags. A worker gets the same command line as its parent,
@@ -44,6 +54,7 @@ type settings struct {
 	rounds     int
 	conns      int
 	dispatcher bool
+	handoff    bool
 	compare    bool
 	json       bool
 }
@@ -53,6 +64,7 @@ func parseFlags() (settings, error) {
 	flag.IntVar(&s.rounds, "rounds", 6, "`number` of rounds, 1 to 1000; there are six cases, one a round")
 	flag.IntVar(&s.conns, "conns", 2000, "`number` of connections in a round, 1 to 20000")
 	flag.BoolVar(&s.dispatcher, "dispatcher", false, "let the package balance in the process, as it does where the kernel can't")
+	flag.BoolVar(&s.handoff, "handoff", true, "let the workers hold each other's sockets, where the system can")
 	flag.BoolVar(&s.compare, "compare", false, "run the same rounds with go-reuseport too")
 	flag.BoolVar(&s.json, "json", false, "print the result as one JSON object")
 	flag.Parse()
@@ -103,6 +115,21 @@ func demo(s settings) (kept bool, err error) {
 		fmt.Fprintf(progress, "note: %d connections in a round instead of %d, because of the limit of open files\n", e.conns, s.conns)
 	}
 
+	if s.handoff {
+		// Nobody else may write to the directory: MkdirTemp makes it with mode 0700.
+		dir, err := os.MkdirTemp("", "lblisten-demo-")
+		if err != nil {
+			return false, err
+		}
+		defer os.RemoveAll(dir)
+		if e.path, err = tryHandoff(filepath.Join(dir, "handoff")); err != nil {
+			return false, err
+		}
+		if e.path == "" {
+			fmt.Fprintln(progress, "note: no handoff between processes, because this system can't")
+		}
+	}
+
 	ours, err := e.run(ctx, byLblisten)
 	if err != nil {
 		return false, explain(ctx, err)
@@ -125,6 +152,19 @@ func demo(s settings) (kept bool, err error) {
 	}
 	printVerdict(os.Stdout, v)
 	return v.Kept, err
+}
+
+// tryHandoff returns the path if listeners can hand off by it, and "" if this
+// system can't at all.
+func tryHandoff(path string) (string, error) {
+	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(path))
+	switch {
+	case errors.Is(err, lblisten.ErrUnsupported):
+		return "", nil
+	case err != nil:
+		return "", err
+	}
+	return path, ln.Close()
 }
 
 // explain says in plain words that a context has ended the demo.

@@ -39,15 +39,16 @@ type acceptedConn struct{ listener, clientPort int }
 const unknownListener = -1
 
 // startWorker starts a worker whose listeners are made by lblisten or
-// go-reuseport, and waits until it listens.
-func startWorker(by, addr string) (*process, error) {
+// go-reuseport, and waits until it listens. The path is that of the handoff, or
+// empty.
+func startWorker(by, addr, path string) (*process, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	p := &process{by: by, cmd: exec.Command(exe, os.Args[1:]...),
 		reports: make(chan report, 4), ended: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), jobVariable+"="+by+" "+addr)
+	p.cmd.Env = append(os.Environ(), jobVariable+"="+by+" "+addr+" "+path)
 	p.cmd.Stderr = os.Stderr
 	p.cmd.SysProcAttr = dieWithParent
 	if p.orders, err = p.cmd.StdinPipe(); err != nil {

@@ -27,7 +27,11 @@ const (
 
 	// spareFiles are the descriptors that a process needs beside those of the
 	// connections, generously.
-	spareFiles = 64
+	spareFiles = 128
+
+	// coverTime is how long a round waits until the workers hold each other's
+	// sockets. It takes some milliseconds.
+	coverTime = 5 * time.Second
 )
 
 // event is what goes away in a round.
@@ -119,14 +123,15 @@ type result struct {
 type experiment struct {
 	settings
 	progress io.Writer
-	workers  int // processes; 0 before the first run
-	queue    int // connections that may wait in the kernel at once
+	path     string // of the handoff; empty without
+	workers  int    // processes; 0 before the first run
+	queue    int    // connections that may wait in the kernel at once
 }
 
 // run goes through all rounds with listeners made by lblisten or go-reuseport.
 func (e *experiment) run(ctx context.Context, by string) (*result, error) {
 	begin := time.Now()
-	first, err := startWorker(by, "127.0.0.1:0")
+	first, err := startWorker(by, "127.0.0.1:0", e.path)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +143,7 @@ func (e *experiment) run(ctx context.Context, by string) (*result, error) {
 	}()
 	e.settle(first.last)
 	for len(workers) < e.workers {
-		w, err := startWorker(by, first.last.Addr)
+		w, err := startWorker(by, first.last.Addr, e.path)
 		if err != nil {
 			return nil, err
 		}
@@ -183,7 +188,11 @@ func (e *experiment) settle(r report) {
 		return
 	}
 	e.workers = 2
+	queues := e.workers * r.Sockets
 	if r.Balancer != lblisten.BalancerKernel {
+		queues = 1 // all workers accept from one socket, if it can be shared
+	}
+	if r.Balancer != lblisten.BalancerKernel && e.path == "" {
 		e.workers = 1
 		fmt.Fprintf(e.progress, "note: one worker process only, because two cannot share the port; "+
 			"what is left to show is a listener that closes (%s)\n", r.Reason)
@@ -192,7 +201,7 @@ func (e *experiment) settle(r report) {
 		r.Backlog = unknownBacklog
 	}
 	// Half of what the queues can take: the kernel's hash doesn't fill them evenly.
-	e.queue = max(1, e.workers*r.Sockets*r.Backlog/2)
+	e.queue = max(1, queues*r.Backlog/2)
 	if e.conns > e.queue {
 		fmt.Fprintf(e.progress, "note: %d connections instead of %d in the rounds in which all stand still, "+
 			"because a queue takes %d\n", e.queue, e.conns, r.Backlog)
@@ -206,6 +215,9 @@ func (e *experiment) round(ctx context.Context, s scene, workers []*process, vic
 	order := "accept"
 	if s.standing {
 		n, order = min(n, e.queue), "hold"
+	}
+	if err := e.awaitCover(ctx, workers); err != nil {
+		return t, "", err
 	}
 	inherited := 0 // before the round
 	for _, w := range workers {
@@ -274,11 +286,42 @@ func (e *experiment) round(ctx context.Context, s scene, workers []*process, vic
 		_, err = v.ask(fmt.Sprintf("open %d", listener))
 		return t, why, err
 	}
-	again, err := startWorker(v.by, v.last.Addr)
+	again, err := startWorker(v.by, v.last.Addr, e.path)
 	if err == nil {
 		workers[victim] = again
 	}
 	return t, why, err
+}
+
+// awaitCover waits until every worker says that another one holds its sockets: a
+// worker that was just started needs a moment. What is not so after some seconds
+// is not claimed, and the worker's reason is printed.
+func (e *experiment) awaitCover(ctx context.Context, workers []*process) error {
+	if e.path == "" || len(workers) < 2 || workers[0].by != byLblisten {
+		return nil
+	}
+	deadline := time.Now().Add(coverTime)
+	for _, w := range workers {
+		for {
+			r, err := w.ask("report")
+			if err != nil {
+				return err
+			}
+			if r.OnKill&lblisten.InheritHandoff != 0 {
+				break
+			}
+			if time.Now().After(deadline) {
+				fmt.Fprintf(e.progress, "note: no other worker holds the sockets of process %d (%s)\n", w.cmd.Process.Pid, r.Reason)
+				break
+			}
+			select {
+			case <-time.After(5 * time.Millisecond):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	}
+	return nil
 }
 
 // happen makes the event happen to a worker, and returns it if it is gone now.

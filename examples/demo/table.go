@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/lblisten/lblisten"
 )
 
 const barWidth = 40
@@ -20,10 +22,15 @@ func printVerdict(out io.Writer, v verdict) {
 	fmt.Fprint(out, `
 lost: neither answered nor refused, and no Accept had returned the connection
 died: Accept had returned it to the process, which died with it unanswered
-inherited: accepted from the queue that a closed listener left to its siblings; what
-  the kernel migrates by itself, or waits in the one queue of a dispatcher, isn't counted
+inherited: accepted from the queue that a listener left when it closed, or its process
+  ended; what the kernel migrates by itself, or waits in the one queue of a dispatcher,
+  isn't counted
 `)
-	if ours := v.Runs[0]; ours.Workers > 1 {
+	switch ours := v.Runs[0]; {
+	case ours.Workers < 2:
+	case ours.Balancer == lblisten.BalancerDispatcher.String():
+		fmt.Fprintf(out, "The %d workers of %s accept from one socket: all connections wait in one queue.\n", ours.Workers, ours.By)
+	default:
 		fmt.Fprintf(out, "While all stand still, about 1 in %d connections waits for the worker that goes,\n"+
 			"and 1 in %d for the listener that closes.\n", ours.Workers, ours.Workers*ours.Listeners)
 	}

@@ -25,7 +25,7 @@ import (
 
 const (
 	// jobVariable is the environment variable that makes a process a worker.
-	// It says who makes the listeners, and their address.
+	// It says who makes the listeners, their address, and the path of the handoff.
 	jobVariable = "LBLISTEN_DEMO_WORKER"
 
 	byLblisten  = "lblisten"
@@ -49,13 +49,16 @@ type report struct {
 }
 
 // open opens one listener. This is the line that a program changes.
-func open(by, addr string, s settings) (net.Listener, error) {
+func open(by, addr, path string, s settings) (net.Listener, error) {
 	if by == byReuseport {
 		return listenReuseport(addr)
 	}
 	opts := []lblisten.Option{lblisten.WithLB()}
 	if s.dispatcher {
 		opts = append(opts, lblisten.WithDispatcher())
+	}
+	if path != "" {
+		opts = append(opts, lblisten.WithHandoff(path))
 	}
 	return lblisten.Listen("tcp", addr, opts...)
 }
@@ -64,6 +67,7 @@ func open(by, addr string, s settings) (net.Listener, error) {
 type worker struct {
 	by        string
 	addr      string
+	path      string // of the handoff; empty without
 	settings  settings
 	listeners [listenersPerWorker]net.Listener
 	opened    []net.Listener // all there ever were, for their counters
@@ -86,7 +90,8 @@ func work(job string, s settings) int {
 	}()
 
 	w := &worker{settings: s}
-	w.by, w.addr, _ = strings.Cut(job, " ")
+	w.by, job, _ = strings.Cut(job, " ")
+	w.addr, w.path, _ = strings.Cut(job, " ")
 	for i := range w.listeners {
 		if err := w.open(i); err != nil {
 			w.report(err)
@@ -135,7 +140,7 @@ func (w *worker) obey(order string) error {
 
 // open opens listener i. The first one's address is that of all.
 func (w *worker) open(i int) error {
-	ln, err := open(w.by, w.addr, w.settings)
+	ln, err := open(w.by, w.addr, w.path, w.settings)
 	if err != nil {
 		return err
 	}
