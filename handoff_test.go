@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // A server is a process with a handoff, as its parent sees it.
@@ -825,4 +826,422 @@ func TestHandoffConflicts(t *testing.T) {
 		_, err = Listen("tcp", lower.Addr().String(), opt, WithHandoff(a))
 		require.True(t, isAddrInUse(err), "%v", err)
 	}
+}
+
+// rawPeer speaks with a hub, or as one, a frame at a time.
+type rawPeer struct {
+	t testing.TB
+	*wire
+}
+
+func newRawPeer(t testing.TB, c net.Conn) rawPeer {
+	w := newWire(c.(*net.UnixConn))
+	t.Cleanup(func() {
+		w.close()
+		w.drain()
+	})
+	return rawPeer{t, w}
+}
+
+func dialHub(t testing.TB, path string) rawPeer {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	require.NoError(t, err)
+	return newRawPeer(t, c)
+}
+
+// expect returns the next frame of a kind; others before it are none of its
+// business.
+func (p rawPeer) expect(kind byte) (frame, *descriptor) {
+	p.t.Helper()
+	for {
+		f, d, err := p.read(limit(5 * time.Second))
+		require.NoError(p.t, err)
+		if f.kind == kind {
+			return f, d
+		}
+		if d != nil {
+			d.release()
+		}
+	}
+}
+
+// ended waits until the other end has closed the connection.
+func (p rawPeer) isEnded() {
+	p.t.Helper()
+	for {
+		_, d, err := p.read(limit(5 * time.Second))
+		if d != nil {
+			d.release()
+		}
+		if err != nil {
+			require.NotErrorIs(p.t, err, os.ErrDeadlineExceeded)
+			return
+		}
+	}
+}
+
+func (p rawPeer) hello(lowest, highest uint32) {
+	p.send(frame{kind: frameHello, n: lowest<<16 | highest, process: newID(), at: place{network: helloName}}, nil)
+}
+
+// fakeHub holds the lock of a path and listens there, and does what a test says
+// with the one process that comes.
+func fakeHub(t testing.TB, path string, do func(p rawPeer)) {
+	lock, err := openLock(path)
+	require.NoError(t, err)
+	conn, err := lock.SyscallConn()
+	require.NoError(t, err)
+	require.NoError(t, control(conn, func(fd uintptr) error { return unix.Flock(int(fd), unix.LOCK_EX) }))
+	ln, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	ended := make(chan struct{})
+	var peers []*wire
+	go func() {
+		defer close(ended)
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			p := rawPeer{t, newWire(c.(*net.UnixConn))}
+			peers = append(peers, p.wire)
+			do(p)
+		}
+	}()
+	t.Cleanup(func() {
+		ln.Close()
+		<-ended
+		for _, w := range peers {
+			w.close()
+			w.drain()
+		}
+		lock.Close()
+	})
+}
+
+// A hub that stops at any step of the protocol delays Listen, Accept and Close by
+// a second or so at most, and nothing is lost that they serve.
+func TestHandoffHubStopsAtEachStep(t *testing.T) {
+	// answering lets a hub answer until it hears a frame of a kind, and then no more.
+	answering := func(until byte) func(p rawPeer) {
+		return func(p rawPeer) {
+			for {
+				f, d, err := p.read(limit(30 * time.Second))
+				if d != nil {
+					d.release()
+				}
+				if err != nil || f.kind == until {
+					return
+				}
+				switch f.kind {
+				case frameHello:
+					p.send(frame{kind: frameHello, n: handoffHighest}, nil)
+				case frameSynced:
+					p.send(frame{kind: frameSynced}, nil)
+				case frameSocket, frameOn, frameOwner, frameOff:
+					p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
+				}
+			}
+		}
+	}
+	for _, step := range []struct {
+		name string
+		kind byte
+	}{{"hello", frameHello}, {"the list", frameSynced}, {"a deposit", frameSocket}, {"an address", frameOn}, {"leaving", frameOff}} {
+		t.Run(step.name, func(t *testing.T) {
+			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+				path := handoffPath(t)
+				fakeHub(t, path, answering(step.kind))
+				opts := []Option{WithHandoff(path)}
+				if dispatcher {
+					opts = append(opts, WithDispatcher())
+				}
+				within := func(what string, f func()) {
+					t.Helper()
+					begin := time.Now()
+					f()
+					require.Less(t, time.Since(begin), exchangeTime+limit(500*time.Millisecond), what)
+				}
+				var g *Group
+				within("Listen", func() {
+					var err error
+					g, err = ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 3, opts...)
+					require.NoError(t, err)
+				})
+				i := g.Info()
+				require.Zero(t, i.OnKill&InheritHandoff)
+				require.ErrorContains(t, i.Reason, "the handoff "+path)
+				clients := queueUp(t, g.Addr(), 9)
+				ls := g.Listeners()
+				within("Accept and Close", func() {
+					require.NoError(t, ls[0].Close())
+					require.NoError(t, ls[1].Close())
+					for range clients {
+						n := answer(t, acceptWithin(t, ls[2]))
+						wantAnswer(t, clients[n], n)
+					}
+				})
+				within("the last Close", func() { require.NoError(t, ls[2].Close()) })
+			})
+		})
+	}
+}
+
+// What a process does with the hub of an attacker, or of a bug: it takes no
+// descriptor that isn't what it is said to be, and goes on.
+func TestHandoffBadHub(t *testing.T) {
+	noLeaks(t)
+	plain, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer plain.Close()
+	other, err := Listen("tcp4", "127.0.0.1:0", WithRequireKernel())
+	if err != nil {
+		t.Skipf("the kernel doesn't balance here: %v", err)
+	}
+	defer other.Close()
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer udp.Close()
+	path := handoffPath(t)
+	file, err := os.Create(filepath.Join(filepath.Dir(path), "file"))
+	require.NoError(t, err)
+	defer file.Close()
+	unbound, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	require.NoError(t, err)
+	defer unix.Close(unbound)
+
+	sent, done := make(chan struct{}), false
+	fakeHub(t, path, func(p rawPeer) {
+		p.expect(frameHello)
+		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
+		p.expect(frameSynced)
+		p.send(frame{kind: frameSynced}, nil)
+		f, _, err := p.read(limit(5 * time.Second))
+		for err == nil {
+			if f.kind == frameSocket || f.kind == frameOn {
+				p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
+			}
+			if f.kind == frameOn && !done {
+				done = true
+				for _, s := range []syscall.Conn{plain.(*net.TCPListener), other.(*Listener), udp.(*net.UDPConn), file} {
+					conn, err := s.SyscallConn()
+					require.NoError(t, err)
+					var d *descriptor
+					require.NoError(t, control(conn, func(fd uintptr) (err error) { d, err = duplicate(fd); return err }))
+					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp4", flags: flagBalanced}, d)
+					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp6", flags: flagBalanced}, d)
+					d.release()
+				}
+				d := newDescriptor(unbound)
+				d.hold() // it is closed above
+				p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp4", flags: flagBalanced}, d)
+				for kind := range 32 { // without a sense
+					p.send(frame{kind: byte(kind), id: newID(), n: 77, at: place{network: "x", host: "y", port: 1}}, nil)
+				}
+				close(sent)
+			}
+			var d *descriptor
+			f, d, err = p.read(limit(5 * time.Second))
+			if d != nil {
+				d.release()
+			}
+		}
+	})
+	ln, err := Listen("tcp4", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	<-sent
+	time.Sleep(limit(50 * time.Millisecond))
+	require.Equal(t, 1, ln.(*Listener).Info().Sockets)
+	c := dialTest(t, ln.Addr())
+	acceptWithin(t, ln)
+	c.Close()
+	require.NoError(t, ln.Close())
+}
+
+// What a hub does with a peer that speaks nonsense: it ends the connection, and
+// nothing else.
+func TestHandoffBadPeer(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer ln.Close()
+	hello := (&frame{kind: frameHello, n: handoffHighest, process: newID(), at: place{network: helloName}}).append(nil)
+	null, err := os.Open(os.DevNull)
+	require.NoError(t, err)
+	defer null.Close()
+	rights := func(n int) []byte {
+		fds := make([]int, n)
+		for i := range fds {
+			fds[i] = int(null.Fd())
+		}
+		return unix.UnixRights(fds...)
+	}
+	socket := (&frame{kind: frameSocket, n: 1, id: newID()}).append(nil)
+	b := startServer(t, serverJob{Path: path, Address: ln.Addr().String()})
+	b.close() // from here on there are its sockets to adopt
+	before := openDescriptors()
+	for _, c := range []struct {
+		name   string
+		bytes  []byte
+		rights []byte
+		ends   bool // at once
+	}{
+		{"nothing", nil, nil, true}, // within exchangeTime
+		{"garbage", []byte("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), nil, true},
+		{"zeroes", make([]byte, 4096), nil, true},
+		{"half a message", hello[:20], nil, true},
+		{"no hello first", socket, rights(1), true},
+		{"a descriptor that isn't there", append(append([]byte{}, hello...), socket...), nil, true},
+		{"a descriptor that is a file", append(append([]byte{}, hello...), socket...), rights(1), false},
+		{"a descriptor without a message", hello, rights(3), false},
+		{"too many descriptors", hello, rights(messageDescriptors + 1), true},
+		{"very many descriptors", hello, rights(250), true},
+		{"every kind of frame", func() []byte {
+			b := append([]byte{}, hello...)
+			for kind := range byte(64) {
+				if kind != frameSocket {
+					b = (&frame{kind: kind, id: newID(), n: 1 << 31, at: place{network: "tcp", host: "::", port: 65535}}).append(b)
+				}
+			}
+			return b
+		}(), nil, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			conn, err := net.Dial("unix", path)
+			require.NoError(t, err)
+			u := conn.(*net.UnixConn)
+			defer u.Close()
+			if c.bytes != nil {
+				_, _, err = u.WriteMsgUnix(c.bytes, c.rights, nil)
+				require.NoError(t, err)
+			}
+			u.SetReadDeadline(time.Now().Add(exchangeTime + limit(2*time.Second)))
+			if c.ends {
+				_, err = io.Copy(io.Discard, u)
+				require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+			}
+			u.Close()
+			require.Eventually(t, func() bool { return openDescriptors() <= before }, limit(5*time.Second), time.Millisecond, "descriptors are left over")
+			b := startServer(t, serverJob{Path: path, Address: ln.Addr().String()})
+			require.NotZero(t, ln.(*Listener).Info().OnKill&InheritHandoff)
+			b.close()
+		})
+	}
+}
+
+// A peer that stops reading, and one that is silent, are taken for gone, and
+// delay nobody.
+func TestHandoffPeerThatStopsReading(t *testing.T) {
+	noLeaks(t)
+	defer set(&silentAfter, limit(500*time.Millisecond))()
+	defer set(&beatEvery, limit(100*time.Millisecond))()
+	path := handoffPath(t)
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer ln.Close()
+	p := dialHub(t, path)
+	p.hello(1, handoffHighest)
+	p.expect(frameHello)
+	p.send(frame{kind: frameSynced}, nil)
+	p.expect(frameSynced)
+	p.send(frame{kind: frameOn, n: 5, at: ln.(*Listener).g.at}, nil)
+	p.expect(frameReply)
+	require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 }, limit(5*time.Second), time.Millisecond)
+	begin := time.Now()
+	more, err := Listen("tcp", ln.Addr().String(), WithHandoff(path)) // it doesn't confirm the socket
+	require.NoError(t, err)
+	require.Less(t, time.Since(begin), exchangeTime)
+	require.NoError(t, more.Close())
+	p.mu.Lock() // its writer beats no more
+	p.isEnded()
+	p.mu.Unlock()
+	require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff == 0 }, limit(5*time.Second), time.Millisecond)
+}
+
+// The hello agrees on the lower of two versions, and says so if there is none.
+func TestHandoffVersions(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	for _, c := range []struct{ lowest, highest, want uint32 }{{1, 1, 1}, {1, 2, 1}, {0, 1, 1}, {2, 3, 0}, {0, 0, 0}} {
+		p := dialHub(t, path)
+		p.hello(c.lowest, c.highest)
+		f, _ := p.expect(frameHello)
+		require.Equal(t, c.want, f.n, "%+v", c)
+		if c.want == 0 {
+			p.isEnded()
+		}
+		p.wire.c.Close()
+	}
+	require.NoError(t, ln.Close())
+	fakeHub(t, path, func(p rawPeer) {
+		p.expect(frameHello)
+		p.send(frame{kind: frameHello, n: 0}, nil)
+	})
+	ln, err = Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	require.ErrorContains(t, ln.(*Listener).Info().Reason, "other versions")
+	require.NoError(t, ln.Close())
+}
+
+// Frames of kinds that this version doesn't know, and longer ones, are passed
+// over.
+func TestHandoffLaterFrames(t *testing.T) {
+	later := frame{kind: 200, n: 7, at: place{network: "tcp", host: "::1", port: 80}}
+	b := later.append(nil)
+	b = append(b, "more to come"...)
+	b[0], b[1] = byte((len(b)-2)>>8), byte(len(b)-2)
+	b = (&frame{kind: frameBeat}).append(b)
+	f, n, err := decodeFrame(b)
+	require.NoError(t, err)
+	require.Equal(t, later, f)
+	f, _, err = decodeFrame(b[n:])
+	require.NoError(t, err)
+	require.EqualValues(t, frameBeat, f.kind)
+}
+
+// FuzzFrame feeds the decoder: it never takes more than there is, and what it
+// makes of bytes encodes to what it decodes again.
+func FuzzFrame(f *testing.F) {
+	f.Add((&frame{kind: frameSocket, flags: 3, n: 9, id: newID(), process: newID(), at: place{"tcp", "::", 8080}, sub: "tcp6"}).append(nil))
+	f.Add([]byte{0, 45})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for len(b) > 0 {
+			got, n, err := decodeFrame(b)
+			if err != nil || n == 0 {
+				return
+			}
+			if n > len(b) {
+				t.Fatalf("took %d of %d bytes", n, len(b))
+			}
+			again, m, err := decodeFrame(got.append(nil))
+			if err != nil || again != got || m > n {
+				t.Fatalf("%+v became %+v (%v)", got, again, err)
+			}
+			b = b[n:]
+		}
+	})
+}
+
+// Without descriptors a process goes on alone, says why, and is one of the set
+// as soon as it has some again.
+func TestHandoffOutOfDescriptors(t *testing.T) {
+	noLeaks(t)
+	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 60}
+	a := startServer(t, job)
+	short := serverJob{Path: job.Path, Address: a.Address, Members: 4, Files: 50}
+	b := startServer(t, short)
+	require.Contains(t, b.Reason, "the handoff "+job.Path)
+	require.False(t, isHandedOff(b.serverReport))
+	b.ask("accept")
+	conns := standing(t, a.Address, 5)
+	b.ask("files")
+	b.becomes(isHandedOff)
+	a.becomes(isHandedOff)
+	conns = append(conns, standing(t, a.Address, count(200, 50))...)
+	a.kill()
+	require.Equal(t, len(conns), answered(conns))
 }

@@ -256,9 +256,14 @@ func (h *handoff) run() {
 			}
 		}
 		if err == nil || err == errLocked {
-			if h.session() {
+			synced, err := h.session()
+			switch {
+			case synced:
 				pause = firstPause
 				continue
+			case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
+				h.shed()
+				pause = beatEvery
 			}
 		}
 		select {
@@ -290,6 +295,18 @@ func (h *handoff) isHub() bool {
 		return false
 	default:
 		return true
+	}
+}
+
+// shed lets go of the sockets that this process holds for others only, because it
+// has no descriptors for all.
+func (h *handoff) shed() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.sockets {
+		if !p.mine && !p.shared && p.balanced {
+			h.forget(p)
+		}
 	}
 }
 
@@ -332,13 +349,13 @@ func (h *handoff) change() {
 }
 
 // session connects with the hub and hears what it says until it goes. It
-// returns whether it got as far as being told everything.
-func (h *handoff) session() (synced bool) {
+// returns whether it got as far as being told everything, and why it ended.
+func (h *handoff) session() (synced bool, err error) {
 	dialer := net.Dialer{Timeout: exchangeTime}
 	c, err := dialer.DialContext(h.quit, "unix", h.path)
 	if err != nil {
 		h.fail(err)
-		return false
+		return false, err
 	}
 	w := newWire(c.(*net.UnixConn))
 	defer w.drain()
@@ -346,7 +363,7 @@ func (h *handoff) session() (synced bool) {
 	defer context.AfterFunc(h.quit, func() { c.Close() })()
 	if err := h.greet(w); err != nil {
 		h.fail(err)
-		return false
+		return false, err
 	}
 	for {
 		f, d, err := w.read(silentAfter)
@@ -361,7 +378,7 @@ func (h *handoff) session() (synced bool) {
 			log(h.log, "the hub of the handoff is gone; until another answers, this process serves all sockets", "path", h.path, "reason", err)
 		}
 		h.fail(err)
-		return synced
+		return synced, err
 	}
 }
 

@@ -168,6 +168,10 @@ const (
 	// messageDescriptors is the most descriptors that one message may bring. The
 	// package sends one.
 	messageDescriptors = 64
+
+	// lastWords is how long a wire that is closed may take to write what is queued.
+	lastWords = 50 * time.Millisecond
+
 	queuedFrames       = 1 << 16
 )
 
@@ -234,10 +238,7 @@ func (w *wire) write() {
 		w.queue = nil
 		w.mu.Unlock()
 		for i, p := range queue {
-			var err error
-			if !closed {
-				err = w.writeOne(p)
-			}
+			err := w.writeOne(p)
 			if p.d != nil {
 				p.d.release()
 			}
@@ -270,7 +271,11 @@ func (w *wire) writeOne(p parcel) error {
 	if p.d != nil {
 		rights = unix.UnixRights(p.d.fd)
 	}
-	w.c.SetWriteDeadline(time.Now().Add(exchangeTime))
+	w.mu.Lock()
+	if !w.closed {
+		w.c.SetWriteDeadline(time.Now().Add(exchangeTime))
+	}
+	w.mu.Unlock()
 	n, _, err := w.c.WriteMsgUnix(b, rights, nil)
 	if err == nil && n < len(b) {
 		_, err = w.c.Write(b[n:])
@@ -278,15 +283,15 @@ func (w *wire) writeOne(p parcel) error {
 	return err
 }
 
-// close ends the wire. Whoever calls it has no reader running any more, or one
-// that ends by it.
+// close ends the wire, after what is queued if the peer takes it.
 func (w *wire) close() {
-	w.c.Close()
 	w.mu.Lock()
 	w.closed = true
+	w.c.SetWriteDeadline(time.Now().Add(lastWords))
 	w.mu.Unlock()
 	w.signal()
 	<-w.ended
+	w.c.Close()
 }
 
 // drain closes the descriptors that came without a frame. It is the reader's.

@@ -55,11 +55,11 @@ func TestHandoffKeepsListenConfig(t *testing.T) {
 			keep, err := Listen("tcp", old.Address, opts...) // holds the sockets
 			require.NoError(t, err)
 			old.kill()
-			adopter, err := Listen("tcp", old.Address, opts...)
-			require.NoError(t, err)
 			if !dispatcher {
 				require.Eventually(t, func() bool { return keep.(*Listener).Info().Sockets == 3 }, limit(5*time.Second), time.Millisecond)
 			}
+			adopter, err := Listen("tcp", old.Address, opts...)
+			require.NoError(t, err)
 			plain, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
 			require.NoError(t, err)
 			dialTest(t, plain.Addr())
