@@ -18,7 +18,9 @@ package lblisten
 //	network, sub, host: strings of up to 255 bytes, each after its length in a byte
 //
 // in big endian. What follows in the length is ignored, and so is a frame of a
-// kind that isn't known: that is room for later versions.
+// kind that isn't known: that is room for later versions. A process speaks the
+// last two versions, because a handoff matters most during an upgrade; so far
+// there is one.
 
 import (
 	"crypto/rand"

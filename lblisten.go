@@ -31,8 +31,18 @@
 // lives, nothing is lost: its socket stays open and its siblings accept from
 // it too, until a new member adopts it. Nothing is accepted before an Accept
 // asks for it, so what waits, waits in the kernel. When the last member
-// closes, or the process dies, what waits is reset by the kernel, unless the
-// kernel lets another process inherit it: DragonFly does, and Linux as below.
+// closes, or the process dies, what waits is reset by the kernel, unless another
+// process inherits it: by [WithHandoff], on any unix and without privilege, or by
+// the kernel itself, as DragonFly's does, and that of Linux as below.
+//
+// # Restarts
+//
+// With WithHandoff a service of one or more processes is restarted without losing
+// anything: start the new process, and when its Listen has returned, end the old
+// one. While a third process lives the old one may go first. A process that ends
+// should close its listeners first, answer what it has accepted, and then exit;
+// examples/restart does so. If the last process ends before the next has returned
+// from Listen, what waits is reset.
 //
 // All listeners of a process are taken to be in one network namespace.
 //
@@ -58,7 +68,7 @@
 //
 // Sockets that closed members left, and no new member adopts, are closed a few
 // seconds after nothing was steered to them any more, as long as all sockets of
-// the address belong to the process.
+// the address belong to the process and no handoff holds them too.
 //
 // # Errors
 //
