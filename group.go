@@ -742,25 +742,36 @@ type socket struct {
 	net  string       // what package net was asked for: "tcp", "tcp4", "tcp6"
 	slot atomic.Int32 // in the table of the steering program, plus 1
 
-	pooled  *pooled            // its place in the handoff's pool, nil without one
-	restore func(*net.TCPConn) // what its connections need, nil if nothing
+	pooled   *pooled            // its place in the handoff's pool, nil without one
+	received bool               // it was opened by another process
+	restore  func(*net.TCPConn) // what its connections need, nil if nothing
 }
 
-// restoreKeepAlive returns what gives a connection the keep-alive that lc asks
-// for, if the listener was made by net.FileListener, which knows no ListenConfig
-// and gives it the default. It returns nil if that is what lc asks for.
+// keepAliveOf returns the keep-alive that package net gives to the connections of
+// a listener of lc.
+func keepAliveOf(lc net.ListenConfig) net.KeepAliveConfig {
+	if lc.KeepAliveConfig.Enable || lc.KeepAlive < 0 {
+		return lc.KeepAliveConfig
+	}
+	return net.KeepAliveConfig{Enable: true, Idle: lc.KeepAlive}
+}
+
+// restoreKeepAlive returns what gives a connection the keep-alive of lc, if the
+// listener was made by net.FileListener, which knows no ListenConfig and gives it
+// the default. It returns nil if that is what lc asks for.
 func restoreKeepAlive(lc net.ListenConfig) func(*net.TCPConn) {
-	switch config := lc.KeepAliveConfig; {
-	case config.Enable:
-		return func(c *net.TCPConn) { c.SetKeepAliveConfig(config) }
-	case lc.KeepAlive < 0:
-		return func(c *net.TCPConn) { c.SetKeepAlive(false) }
-	case lc.KeepAlive > 0:
+	switch config := keepAliveOf(lc); config {
+	case keepAliveOf(net.ListenConfig{}):
+		return nil
+	default:
 		return func(c *net.TCPConn) {
-			c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: lc.KeepAlive})
+			if config.Enable {
+				c.SetKeepAliveConfig(config)
+			} else {
+				c.SetKeepAlive(false)
+			}
 		}
 	}
-	return nil
 }
 
 // seat returns the sockets of a new member: those that closed members left,
@@ -778,7 +789,12 @@ func (g *group) seat(ctx context.Context, cfg *config) ([]*socket, error) {
 				return nil, err
 			}
 		} else {
-			log(cfg.log, "a new member adopted the socket of a closed one", "address", g.addr)
+			log(cfg.log, "a new member adopted the socket of a closed one", "address", g.at)
+			if s.received {
+				s.restore = restoreKeepAlive(cfg.lc)
+			} else {
+				s.conn.Control(func(fd uintptr) { adoptKeepAlive(fd, cfg.lc) })
+			}
 			if cfg.backlogSet {
 				if err := setBacklog(s.ln, cfg.backlog); err != nil {
 					g.mu.Lock()
@@ -840,13 +856,16 @@ func (p place) split() []place {
 
 // openSocket opens a socket of the kernel's group.
 func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket, error) {
-	lc := cfg.lc
+	lc, setKeepAlive := lean(cfg.lc)
 	lc.SetMultipathTCP(false)
 	held := false
 	var p *pooled
 	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
 		var err error
-		if cerr := c.Control(func(fd uintptr) { err = joinKernelGroup(fd) }); cerr != nil || err != nil {
+		if cerr := c.Control(func(fd uintptr) {
+			setKeepAlive(fd)
+			err = joinKernelGroup(fd)
+		}); cerr != nil || err != nil {
 			return cmp.Or(err, cerr)
 		}
 		if g.h != nil {
@@ -980,14 +999,17 @@ func (d *dispatcher) open(ctx context.Context, cfg *config) error {
 }
 
 func (d *dispatcher) openSocket(ctx context.Context, cfg *config) error {
-	lc := cfg.lc
+	lc, setKeepAlive := lean(cfg.lc)
 	lc.SetMultipathTCP(false)
-	if d.g.h != nil {
-		lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) (err error) {
+	lc.Control = chainControl(lc.Control, func(network, _ string, c syscall.RawConn) (err error) {
+		if network == "tcp4" || network == "tcp6" {
+			err = c.Control(setKeepAlive)
+		}
+		if err == nil && d.g.h != nil {
 			d.pooled, err = d.g.h.deposit(ctx, c, d.g, d.g.at)
-			return err
-		})
-	}
+		}
+		return err
+	})
 	ln, err := lc.Listen(ctx, d.g.network, d.g.at.String())
 	if err != nil {
 		if d.pooled != nil {

@@ -53,9 +53,9 @@ type handoff struct {
 	log     *slog.Logger // of who asked for it first
 	refs    int          // groups; guarded by handoffs.mu
 	quit    context.Context
-	stop    context.CancelFunc // of quit
-	ended   chan struct{}      // closed when everything is closed
-	changed chan struct{}      // something in the pool changed; holds one
+	stop    context.CancelFunc  // of quit
+	ended   chan struct{}       // closed when everything is closed
+	changed chan struct{}       // something in the pool changed; holds one
 	own     atomic.Pointer[hub] // in this process, now or before
 
 	applying sync.Mutex // held while sockets are shared or taken back
@@ -823,7 +823,7 @@ func (h *handoff) open(p *pooled, g *group) (*socket, error) {
 		ln.Close()
 		return nil, fmt.Errorf("a %T, want TCP", ln)
 	}
-	s := &socket{ln: tcp, net: p.sub, pooled: p, restore: restoreKeepAlive(g.lc)}
+	s := &socket{ln: tcp, net: p.sub, pooled: p, received: true, restore: restoreKeepAlive(g.lc)}
 	s.conn, err = tcp.SyscallConn()
 	return s, err
 }

@@ -174,7 +174,7 @@ const (
 	// lastWords is how long a wire that is closed may take to write what is queued.
 	lastWords = 50 * time.Millisecond
 
-	queuedFrames       = 1 << 16
+	queuedFrames = 1 << 16
 )
 
 // A wire is a connection between two processes of a handoff. Its reader is who

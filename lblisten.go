@@ -314,9 +314,12 @@ func WithBacklog(n int) Option {
 // KeepAliveConfig mean what they mean in package net. Control is called
 // before bind and may set any option; a Control error is returned as it is.
 // A balanced socket is plain TCP: Multipath TCP, which lc may ask for, is off
-// for it, because Linux neither migrates nor steers MPTCP sockets. A member
-// that adopts a closed member's socket, or joins the dispatcher's, finds that
-// socket open already: its own lc isn't used.
+// for it, because Linux neither migrates nor steers MPTCP sockets. On Linux and
+// FreeBSD the keep-alive is set once, on the listening socket, before the bind and
+// after Control; its connections have exactly what package net would have given
+// them. A member that adopts a closed member's socket finds it open already: of
+// its lc the keep-alive is used, but not Control. One that joins the
+// dispatcher's socket uses nothing of lc.
 func WithListenConfig(lc net.ListenConfig) Option {
 	return Option{"WithListenConfig", func(c *config) { c.lc = lc }}
 }
