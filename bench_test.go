@@ -1,9 +1,11 @@
 package lblisten
 
 import (
+	"fmt"
 	"net"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -117,6 +119,46 @@ func TestAcceptAddsNoAllocationAndNoGoroutine(t *testing.T) {
 			}
 			require.LessOrEqual(t, allocs, want+more)
 			require.LessOrEqual(t, goroutines, 0) // one of an earlier test may have ended meanwhile
+		})
+	}
+}
+
+// A readyListener accepts at once, without a system call.
+type readyListener struct {
+	c net.Conn
+}
+
+func (l *readyListener) Accept() (net.Conn, error) { return l.c, nil }
+func (l *readyListener) Close() error              { return nil }
+func (l *readyListener) Addr() net.Addr            { return l.c.LocalAddr() }
+
+func (l *readyListener) SetDeadline(time.Time) error { return nil }
+
+// BenchmarkDispatchOverhead measures what the dispatcher adds to the Accept of
+// the listener under it.
+func BenchmarkDispatchOverhead(b *testing.B) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(b, err)
+	defer ln.Close()
+	client := dialTest(b, ln.Addr())
+	ready := &readyListener{c: client}
+	b.Run("listener", func(b *testing.B) {
+		b.ReportAllocs()
+		for range b.N {
+			ready.Accept()
+		}
+	})
+	for _, n := range []int{1, 4} {
+		b.Run(fmt.Sprint(n, " members"), func(b *testing.B) {
+			g, err := Dispatch(ready, n)
+			require.NoError(b, err)
+			defer g.Close()
+			l := g.Listeners()[0]
+			b.ReportAllocs()
+			b.ResetTimer()
+			for range b.N {
+				l.Accept()
+			}
 		})
 	}
 }

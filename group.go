@@ -944,7 +944,7 @@ type dispatcher struct {
 type waiter struct {
 	message chan message // holds one
 	leads   bool         // it is in the listener's Accept; guarded by its member's mu
-	since   uint64       // 0 before it stood in line; see dispatcher.seq
+	since   uint64       // orders it by how long it has waited, see dispatcher.seq; never 0
 }
 
 // A message ends the waiting: a connection, an error, or the lead.
@@ -1073,11 +1073,12 @@ func (l *Listener) acceptDispatched() (net.Conn, error) {
 }
 
 func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
-	w := waiters.Get().(*waiter)
-	w.since = 0
+	var w *waiter
 	leads := false
 	for {
-		m, inLine := l.line(w)
+		m, inLine := message{}, false
+		leads = leads || d.leading.CompareAndSwap(false, true)
+		w, m, inLine = l.line(w, leads && d.deadliner != nil)
 		if inLine {
 			if d.loose.Load() > 0 {
 				d.giveFree()
@@ -1098,7 +1099,9 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 			leads = true
 			continue
 		}
-		waiters.Put(w)
+		if w != nil {
+			waiters.Put(w)
+		}
 		switch {
 		case leads && m.rest:
 			d.rest()
@@ -1110,24 +1113,24 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 }
 
 // line puts a waiter in the member's line, or returns the message that makes
-// waiting needless. Who was in line before goes to its head again.
-func (l *Listener) line(w *waiter) (m message, inLine bool) {
+// waiting needless. Who was in line before goes to its head again; nil was not.
+func (l *Listener) line(w *waiter, leads bool) (_ *waiter, m message, inLine bool) {
 	d := l.g.d
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
 	case l.state.Load()&closedMark != 0:
-		return message{err: l.opError("accept", net.ErrClosed)}, false
+		return w, message{err: l.opError("accept", net.ErrClosed)}, false
 	case l.expired():
-		return message{err: l.opError("accept", os.ErrDeadlineExceeded)}, false
+		return w, message{err: l.opError("accept", os.ErrDeadlineExceeded)}, false
 	case len(l.held) > 0:
-		return message{c: l.unhold(0).c}, false
+		return w, message{c: l.unhold(0).c}, false
 	}
 	if failed := d.failed.Load(); failed != nil {
-		return message{err: failed.(struct{ error }).error}, false
+		return w, message{err: failed.(struct{ error }).error}, false
 	}
-	w.leads = false
-	if w.since == 0 {
+	if w == nil {
+		w = waiters.Get().(*waiter)
 		w.since = 1
 		if l.g.steering == SteerLoad {
 			w.since = d.seq.Add(1)
@@ -1136,20 +1139,23 @@ func (l *Listener) line(w *waiter) (m message, inLine bool) {
 	} else {
 		l.waiters = slices.Insert(l.waiters, 0, w)
 	}
+	w.leads = leads
 	l.since.Store(l.waiters[0].since)
-	return message{}, true
+	return w, message{}, true
 }
 
 // unline takes waiter i out of the line. It is called under l.mu, by who then
 // sends the waiter a message, or is its leader.
 func (l *Listener) unline(i int) *waiter {
 	w := l.waiters[i]
-	l.waiters = slices.Delete(l.waiters, i, i+1)
-	if len(l.waiters) == 0 {
+	if len(l.waiters) == 1 {
+		l.waiters[0] = nil
+		l.waiters = l.waiters[:0]
 		l.since.Store(0)
-	} else {
-		l.since.Store(l.waiters[0].since)
+		return w
 	}
+	l.waiters = slices.Delete(l.waiters, i, i+1)
+	l.since.Store(l.waiters[0].since)
 	return w
 }
 
@@ -1226,9 +1232,11 @@ func (l *Listener) setTimer(t time.Time) {
 
 // lead accepts until the waiting of w, which is in line, is over.
 func (d *dispatcher) lead(l *Listener, w *waiter) message {
-	l.mu.Lock()
-	w.leads = true
-	l.mu.Unlock()
+	if !w.leads { // only this goroutine writes it, after it stood in line
+		l.mu.Lock()
+		w.leads = true
+		l.mu.Unlock()
+	}
 	for {
 		select {
 		case m := <-w.message:
@@ -1288,11 +1296,11 @@ func (d *dispatcher) pump() {
 // one.
 func (d *dispatcher) passLead() {
 	for {
-		switch {
-		case d.deadliner == nil && d.anyWaits():
+		switch waits := d.anyWaits(); {
+		case waits && d.deadliner == nil:
 			go d.pump()
 			return
-		case d.deadliner != nil && d.sendAny(message{lead: true}):
+		case waits && d.sendAny(message{lead: true}):
 			return
 		}
 		d.leading.Store(false)
@@ -1395,11 +1403,26 @@ func (d *dispatcher) sendAny(m message) bool {
 // for the one that steering by source wants. When that is l, and its waiter w is
 // in line, own is true. Nothing is sent if nobody waits.
 func (d *dispatcher) route(c net.Conn, l *Listener, w *waiter) (sent, own bool) {
+	if l != nil && d.g.steering != SteerSource && d.waitsAlone(l) {
+		if sent, own := l.send(message{c: c}, w); sent {
+			return sent, own
+		}
+	}
 	key := d.key(c)
 	if d.g.steering == SteerSource && d.hold(c, key) {
 		return true, false
 	}
 	return d.give(c, key, l, w)
+}
+
+// waitsAlone tells whether no other member waits, so that there is no choice.
+func (d *dispatcher) waitsAlone(l *Listener) bool {
+	for _, other := range *d.g.members.Load() {
+		if other != l && other.since.Load() != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 func (d *dispatcher) key(c net.Conn) uint64 {
