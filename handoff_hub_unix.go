@@ -373,7 +373,7 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 			h.missing[f.process] = true
 		}
 		switch {
-		case s != nil && f.flags&flagMine != 0 && s.owner == nil:
+		case s != nil && f.flags&flagMine != 0 && (s.owner == nil || s.owner.process == p.process):
 			h.own(p, s)
 		case s == nil && h.wanted[f.id] == nil:
 			h.want(p, f.id)

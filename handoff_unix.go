@@ -87,6 +87,7 @@ type pooled struct {
 	mine     bool   // this process accepts from it, or what a member of it left is shared here
 	owner    processID
 	shared   bool          // this process shares it, because nobody is known to accept from it
+	fresh    bool          // it came while the hub had not told everything yet
 	refused  bool          // it is not what it is said to be
 	kept     chan struct{} // closed when the others have it, for who waits for that
 	isKept   bool          // they have it, as far as is known
@@ -261,8 +262,7 @@ func (h *handoff) run() {
 			case synced:
 				pause = firstPause
 				continue
-			case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
-				h.shed()
+			case isShortage(err):
 				pause = beatEvery
 			}
 		}
@@ -298,18 +298,6 @@ func (h *handoff) isHub() bool {
 	}
 }
 
-// shed lets go of the sockets that this process holds for others only, because it
-// has no descriptors for all.
-func (h *handoff) shed() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, p := range h.sockets {
-		if !p.mine && !p.shared && p.balanced {
-			h.forget(p)
-		}
-	}
-}
-
 // fail notes why there is no hub.
 func (h *handoff) fail(err error) {
 	h.mu.Lock()
@@ -320,6 +308,10 @@ func (h *handoff) fail(err error) {
 	h.w, h.synced, h.alone, h.why = nil, false, true, err
 	clear(h.peers)
 	for _, p := range h.sockets {
+		if p.fresh && isShortage(err) {
+			h.forget(p) // others hold it, and descriptors are for this process's own first
+			continue
+		}
 		p.isKept = false
 		if p.owner == h.hub {
 			p.owner = processID{} // it is the one that is gone
@@ -368,7 +360,12 @@ func (h *handoff) session() (synced bool, err error) {
 	for {
 		f, d, err := w.read(silentAfter)
 		if err == nil {
-			h.hear(w, f, d)
+			if err = h.hear(w, f, d); err != nil && !isShortage(err) {
+				log(h.log, "a descriptor of the handoff was refused", "path", h.path, "reason", err)
+				err = nil
+			}
+		}
+		if err == nil {
 			continue
 		}
 		h.mu.Lock()
@@ -426,25 +423,28 @@ func (p *pooled) flags() (flags byte) {
 	return flags
 }
 
-// hear does what a frame from the hub says.
-func (h *handoff) hear(w *wire, f frame, d *descriptor) {
+// hear does what a frame from the hub says. It returns why a descriptor was
+// refused.
+func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if d != nil {
 		defer d.release()
 	}
 	if h.quit.Err() != nil {
-		return // it takes nothing any more
+		return nil // it takes nothing any more
 	}
 	p := h.sockets[f.id]
 	switch f.kind {
 	case frameSocket:
 		if p == nil {
 			if err := checkReceived(d, f.at); err != nil {
-				log(h.log, "a descriptor of the handoff was refused", "path", h.path, "reason", err)
-				return
+				return err
 			}
-			p = &pooled{id: f.id, d: d.hold(), sub: f.sub, at: f.at, balanced: f.flags&flagBalanced != 0, isKept: true}
+			if isScarce(d.fd) {
+				return fmt.Errorf("no descriptors are left for the sockets of other processes: %w", unix.EMFILE)
+			}
+			p = &pooled{id: f.id, d: d.hold(), sub: f.sub, at: f.at, balanced: f.flags&flagBalanced != 0, isKept: true, fresh: !h.synced}
 			h.sockets[f.id] = p
 		}
 		p.owner = f.process
@@ -475,6 +475,12 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) {
 		h.peers[f.at] = int(f.n)
 	case frameSynced:
 		h.synced, h.alone, h.why = true, false, nil
+		for _, p := range h.sockets {
+			p.fresh = false
+			if p.isKept {
+				p.keep()
+			}
+		}
 		for at := range h.groups {
 			w.send(frame{kind: frameOn, at: at}, nil)
 		}
@@ -485,6 +491,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) {
 			answer(f.flags&flagOK != 0, true)
 		}
 	}
+	return nil
 }
 
 // forget takes a socket out of the pool. It is called under mu.
@@ -515,13 +522,18 @@ func (h *handoff) ask(f frame, d *descriptor, answer func(ok, answered bool)) {
 func (h *handoff) give(p *pooled) {
 	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, _ bool) {
 		if ok {
-			p.isKept = true
-			if p.kept != nil {
-				close(p.kept)
-				p.kept = nil
-			}
+			p.keep()
 		}
 	})
+}
+
+// keep notes that the others have a socket. It is called under mu.
+func (p *pooled) keep() {
+	p.isKept = true
+	if p.kept != nil {
+		close(p.kept)
+		p.kept = nil
+	}
 }
 
 // await waits until done is closed: for exchangeTime at most, and not at all if
@@ -569,26 +581,31 @@ func (h *handoff) await(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// exchange sends a frame, and returns the answer: an error if there was none.
+// exchange sends a frame, and returns the answer: an error if there was none. If
+// the hub goes before it answers, the next one is asked.
 func (h *handoff) exchange(ctx context.Context, f frame) (ok bool, err error) {
-	if err := h.awaitSynced(ctx); err != nil {
-		return false, err
+	for begin := time.Now(); ; {
+		if err := h.awaitSynced(ctx); err != nil {
+			return false, err
+		}
+		done := make(chan struct{})
+		var yes, answered bool
+		h.mu.Lock()
+		h.ask(f, nil, func(ok, really bool) {
+			yes, answered = ok, really
+			close(done)
+		})
+		h.mu.Unlock()
+		if err := h.await(ctx, done); err != nil {
+			return false, err
+		}
+		switch {
+		case answered:
+			return yes, nil
+		case time.Since(begin) > exchangeTime/2:
+			return false, errors.New("the hub is gone")
+		}
 	}
-	done := make(chan struct{})
-	var yes, answered bool
-	h.mu.Lock()
-	h.ask(f, nil, func(ok, really bool) {
-		yes, answered = ok, really
-		close(done)
-	})
-	h.mu.Unlock()
-	if err := h.await(ctx, done); err != nil {
-		return false, err
-	}
-	if !answered {
-		return false, errors.New("the hub is gone")
-	}
-	return yes, nil
 }
 
 // enter puts a group into the pool: from here on it shares what nobody accepts
@@ -751,6 +768,12 @@ func (h *handoff) state(at place) error {
 // settle shares with its group what nobody is known to accept from, and takes
 // back what somebody does.
 func (h *handoff) settle() {
+	var logs []func()
+	defer func() { // without the lock
+		for _, f := range logs {
+			f()
+		}
+	}()
 	h.applying.Lock()
 	defer h.applying.Unlock()
 	type step struct {
@@ -791,7 +814,9 @@ func (h *handoff) settle() {
 		s.p.d.release()
 		if err == nil {
 			if s.g.inherit(sock) {
-				log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.p.at)
+				logs = append(logs, func() {
+					log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.g.at)
+				})
 			} else {
 				sock.ln.Close() // the group ends, and leaves the pool
 			}
@@ -801,7 +826,9 @@ func (h *handoff) settle() {
 		s.p.shared = false
 		s.p.refused = !isShortage(err)
 		h.mu.Unlock()
-		log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.p.at, "reason", err)
+		logs = append(logs, func() {
+			log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.g.at, "reason", err)
+		})
 		if isShortage(err) {
 			time.AfterFunc(retryAfter, h.change)
 		}

@@ -399,6 +399,13 @@ func checkReceived(d *descriptor, at place) error {
 	return os.NewSyscallError("fcntl F_SETFL", unix.SetNonblock(d.fd, true))
 }
 
+// isScarce tells whether a new descriptor is one of the last quarter that this
+// process may have: those aren't for the sockets of others.
+func isScarce(fd int) bool {
+	var limit unix.Rlimit
+	return unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && uint64(fd) >= uint64(limit.Cur)/4*3
+}
+
 // listens tells whether a socket listens.
 func listens(d *descriptor) bool {
 	on, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
