@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -148,6 +149,11 @@ func (p place) String() string {
 	return net.JoinHostPort(p.host, strconv.Itoa(p.port))
 }
 
+// isFile tells whether an address is a unix socket with a file.
+func isFile(at place) bool {
+	return (at.network == "unix" || at.network == "unixpacket") && at.host != "" && at.host[0] != '@'
+}
+
 // registry has every group whose sockets are open.
 var registry = struct {
 	mu     sync.Mutex
@@ -236,6 +242,11 @@ func join(ctx context.Context, network, address string, n int, cfg *config) (*gr
 	at, noKernel, err := resolve(ctx, network, address)
 	if err != nil {
 		return nil, nil, err
+	}
+	if cfg.handoffSet && isFile(at) {
+		if at.host, err = filepath.Abs(at.host); err != nil { // processes have directories of their own
+			return nil, nil, listenError(network, address, err)
+		}
 	}
 	for {
 		g, first, err := enter(at, network, noKernel, n, cfg)

@@ -16,8 +16,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -40,6 +38,9 @@ var (
 	// slowAfter is how long a process may take to confirm a socket before nobody
 	// waits for it any more.
 	slowAfter = exchangeTime / 2
+
+	// handoffMost is handoffSockets.
+	handoffMost = handoffSockets
 
 	// unservedFor is how long the sockets of an address are kept for its next
 	// process when the last one died.
@@ -69,7 +70,6 @@ type hub struct {
 	expected int                   // how many of them there must be
 	missing  map[processID]bool    // those that others say accept from a socket, and didn't come yet
 	wanted   map[socketID]*hubPeer // who was asked for a socket, and has not sent it yet
-	unserved map[place]time.Time
 }
 
 // A hubPeer is a process of the set.
@@ -85,10 +85,11 @@ type hubPeer struct {
 }
 
 type hubSocket struct {
-	d     *descriptor
-	f     frame    // as it came
-	owner *hubPeer // nil: nobody
-	by    *hubPeer // who sent it, if he lives; until it listens it is worth nothing without him
+	d        *descriptor
+	f        frame     // as it came
+	owner    *hubPeer  // nil: nobody
+	unserved time.Time // since when nobody listens on its address; zero if somebody does
+	by       *hubPeer  // who sent it, if he lives; until it listens it is worth nothing without him
 }
 
 // A deposit is a socket that was passed on, and not confirmed by all yet.
@@ -116,12 +117,28 @@ func openLock(path string) (*os.File, error) {
 		err = fmt.Errorf("%s is not a regular file", f.Name())
 	case uidOf(st) != os.Geteuid():
 		err = fmt.Errorf("%s belongs to uid %d, this process is uid %d", f.Name(), uidOf(st), os.Geteuid())
+	case st.Size() > 0:
+		if _, ours := readCount(f); !ours {
+			err = fmt.Errorf("%s is there already and is not the lock file of a handoff: choose another path", f.Name())
+		}
 	}
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+// lockText is what is in a lock file: how many processes the hub knew last.
+// It is overwritten in place, so that it is whole at any time.
+const lockText = "lblisten handoff, processes: %4d\n"
+
+// readCount returns the number in a lock file, and whether it is one.
+func readCount(f *os.File) (n int, ours bool) {
+	b := make([]byte, 64)
+	size, _ := f.ReadAt(b, 0)
+	_, err := fmt.Sscanf(string(b[:size]), lockText, &n)
+	return n, err == nil
 }
 
 // startHub takes the lock and listens on the path, or returns errLocked.
@@ -133,7 +150,7 @@ func startHub(path string, process processID) (*hub, error) {
 	}
 	h := &hub{path: path, lock: lock, quit: make(chan struct{}), over: make(chan struct{}), count: make(chan int, 1),
 		peers: make(map[*hubPeer]bool), sockets: make(map[socketID]*hubSocket),
-		pending: make(map[uint32]*deposit), unserved: make(map[place]time.Time), wanted: make(map[socketID]*hubPeer), missing: make(map[processID]bool), process: process}
+		pending: make(map[uint32]*deposit), wanted: make(map[socketID]*hubPeer), missing: make(map[processID]bool), process: process}
 	if err := h.begin(); err != nil {
 		lock.Close()
 		return nil, err
@@ -163,8 +180,14 @@ func (h *hub) begin() error {
 	if !h.hasLock() {
 		return errLocked // the file was removed meanwhile, who comes later makes another
 	}
-	if err := checkSocketFile(h.path); err != nil {
-		return err
+	for _, path := range []string{h.path, newPath(h.path)} {
+		if err := checkSocketFile(path); err != nil {
+			return err
+		}
+		if c, err := net.DialTimeout("unix", path, exchangeTime); err == nil {
+			c.Close()
+			return fmt.Errorf("another program listens on %s", path) // or a hub whose lock file was removed, for a moment
+		}
 	}
 	if err := os.Remove(newPath(h.path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -186,9 +209,7 @@ func (h *hub) begin() error {
 		return err
 	}
 	// The hub before left the number of its processes if it died.
-	b := make([]byte, 16)
-	n, _ := h.lock.ReadAt(b, 0)
-	if before, _ := strconv.Atoi(strings.TrimSpace(string(b[:n]))); before > 1 {
+	if before, _ := readCount(h.lock); before > 1 {
 		h.expected = before - 1
 	}
 	h.young = true
@@ -264,10 +285,7 @@ func (h *hub) watch() {
 }
 
 func (h *hub) writeCount(n int) {
-	b := strconv.Itoa(n) + "\n"
-	if h.lock.Truncate(0) == nil {
-		h.lock.WriteAt([]byte(b), 0) // if it fails, the next hub doesn't wait
-	}
+	h.lock.WriteAt(fmt.Appendf(nil, lockText, n), 0) // if it fails, the next hub goes by what the others say
 }
 
 // close ends the hub: it removes its file, then lets the peers go, then the
@@ -380,13 +398,14 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 		}
 	case frameSynced:
 		p.asked = true
+		h.expected = max(h.expected, int(f.n)-1) // of them the hub before is gone
 		delete(h.missing, p.process)
 		h.syncAll()
 	case frameSocket:
 		delete(h.wanted, f.id)
 		defer h.syncAll()
 		if s == nil {
-			if p.owns >= handoffSockets || len(h.sockets) >= handoffSockets*handoffPeers || checkReceived(d, f.at) != nil {
+			if p.owns >= handoffMost || len(h.sockets) >= handoffSockets*handoffPeers || checkReceived(d, f.at) != nil {
 				reply(p, f.n, 0)
 				break
 			}
@@ -401,7 +420,7 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 			}
 			break
 		}
-		if s == nil || s.owner != nil && s.owner != p || p.owns >= handoffSockets {
+		if s == nil || s.owner != nil && s.owner != p || p.owns >= handoffMost {
 			reply(p, f.n, 0)
 			break
 		}
@@ -418,7 +437,6 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 		}
 	case frameOn:
 		p.on[f.at] = true
-		delete(h.unserved, f.at)
 		h.recount(f.at)
 		reply(p, f.n, flagOK)
 	case frameOff:
@@ -592,9 +610,17 @@ func (h *hub) sync(p *hubPeer) {
 		}
 		p.w.send(f, nil)
 	}
+	for id := range p.has {
+		if h.sockets[id] == nil { // who was asked for it first hasn't sent it
+			p.w.send(frame{kind: frameWant, id: id}, nil)
+		}
+	}
 	p.has, p.synced = nil, true
 	p.w.send(frame{kind: frameSynced}, nil)
 	h.counted()
+	for at := range p.on {
+		h.recount(at)
+	}
 }
 
 // counted has the number of processes written into the lock file.
@@ -614,7 +640,12 @@ func (h *hub) counted() {
 
 // recount tells the peers on an address how many they are.
 func (h *hub) recount(at place) {
-	n := h.on(at)
+	n := 0
+	for p := range h.peers {
+		if p.on[at] && p.synced {
+			n++
+		}
+	}
 	for p := range h.peers {
 		if p.on[at] {
 			p.w.send(frame{kind: framePeers, at: at, n: uint32(n)}, nil)
@@ -636,7 +667,7 @@ func (h *hub) on(at place) int {
 // is there any more, that is their end. It returns flagOK if somebody is.
 func (h *hub) off(p *hubPeer, at place) byte {
 	delete(p.on, at)
-	others := h.on(at) > 0
+	others := h.on(at) > 0 || !h.complete() // who knows who comes
 	for _, s := range h.sockets {
 		switch {
 		case s.f.at != at:
@@ -687,9 +718,6 @@ func (h *hub) leave(p *hubPeer) {
 	h.syncAll()
 	for at := range p.on {
 		h.recount(at)
-		if h.on(at) == 0 {
-			h.unserved[at] = time.Now()
-		}
 	}
 	if p.synced && !h.closed {
 		h.counted()
@@ -700,20 +728,20 @@ func (h *hub) leave(p *hubPeer) {
 func (h *hub) dropUnserved() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, s := range h.sockets {
-		if _, known := h.unserved[s.f.at]; !known && h.on(s.f.at) == 0 && s.by == nil {
-			h.unserved[s.f.at] = time.Now()
+	on := make(map[place]bool)
+	for p := range h.peers {
+		for at := range p.on {
+			on[at] = true
 		}
 	}
-	for at, since := range h.unserved {
-		if time.Since(since) < unservedFor {
-			continue
-		}
-		delete(h.unserved, at)
-		for _, s := range h.sockets {
-			if s.f.at == at {
-				h.drop(s)
-			}
+	for _, s := range h.sockets {
+		switch {
+		case s.owner != nil || on[s.f.at]:
+			s.unserved = time.Time{}
+		case s.unserved.IsZero():
+			s.unserved = time.Now()
+		case time.Since(s.unserved) >= unservedFor:
+			h.drop(s)
 		}
 	}
 }

@@ -459,8 +459,11 @@ func TestHandoffStaleFiles(t *testing.T) {
 		s.kill()
 	}
 	require.FileExists(t, lockPath(job.Path))
-	os.Remove(newPath(job.Path))
-	require.NoError(t, os.WriteFile(newPath(job.Path), nil, 0o600)) // of a hub that died between bind and rename
+	os.Remove(newPath(job.Path)) // of a hub that died between bind and rename
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: newPath(job.Path)})
+	require.NoError(t, err)
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
 	job.Address = "127.0.0.1:0"
 	a := startServer(t, job)
 	job.Address = a.Address
@@ -752,6 +755,7 @@ func TestHandoffBadPath(t *testing.T) {
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "open"), 0o700))
 	require.NoError(t, os.Chmod(filepath.Join(dir, "open"), 0o777))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "locked.lock"), 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "pid.lock"), []byte("12345\n"), 0o600))
 	require.NoError(t, os.Symlink(file, filepath.Join(dir, "link.lock")))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "closed"), 0o500))
 	for _, c := range []struct{ path, want string }{
@@ -762,6 +766,7 @@ func TestHandoffBadPath(t *testing.T) {
 		{filepath.Join(file, "lb"), "not a directory"},
 		{filepath.Join(dir, "dir"), "is not a unix socket: choose another path"},
 		{file, "is not a unix socket: choose another path"},
+		{filepath.Join(dir, "pid"), "is not the lock file of a handoff"},
 		{filepath.Join(dir, "open", "lb"), "can be written to by others"},
 		{filepath.Join(dir, "locked"), "lock file"},
 		{filepath.Join(dir, "link"), "lock file"},
@@ -1243,4 +1248,138 @@ func TestHandoffOutOfDescriptors(t *testing.T) {
 	conns = append(conns, standing(t, a.Address, count(200, 50))...)
 	a.kill()
 	require.Equal(t, len(conns), answered(conns))
+}
+
+// A path on which another program listens is left to it.
+func TestHandoffPathOfAnotherProgram(t *testing.T) {
+	noLeaks(t)
+	for _, name := range []func(string) string{func(p string) string { return p }, newPath} {
+		path := handoffPath(t)
+		other, err := net.Listen("unix", name(path))
+		require.NoError(t, err)
+		ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+		require.NoError(t, err)
+		require.ErrorContains(t, ln.(*Listener).Info().Reason, "another program listens on "+name(path))
+		require.NoError(t, ln.Close())
+		require.FileExists(t, name(path))
+		other.Close()
+	}
+}
+
+// One process closes in the instant in which the hub dies: the third one keeps
+// everything.
+func TestHandoffHubDiesWhileAnotherCloses(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		for round := range count(30, 4) {
+			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 2, Dispatcher: dispatcher}
+			if dispatcher {
+				job.Network, job.Address = "unix", filepath.Join(filepath.Dir(job.Path), "app.sock")
+			}
+			var servers []*server
+			for range 3 {
+				servers = append(servers, startServer(t, job))
+				job.Address = servers[0].Address
+			}
+			for _, s := range servers {
+				s.becomes(isHandedOff)
+			}
+			a, b, c := servers[0], servers[1], servers[2]
+			network := "tcp"
+			if dispatcher {
+				network = "unix"
+			}
+			var conns []net.Conn
+			for range 60 {
+				conn, err := dialOnce(network, job.Address)
+				require.NoError(t, err)
+				defer conn.Close()
+				_, err = conn.Write([]byte("x"))
+				require.NoError(t, err)
+				conns = append(conns, conn)
+			}
+			a.signal(syscall.SIGKILL)
+			time.Sleep(time.Duration(round%6) * time.Millisecond)
+			b.ask("close")
+			b.in.Close()
+			b.wait()
+			a.wait()
+			c.ask("accept")
+			require.Equal(t, len(conns), answered(conns), "round %d", round)
+			if dispatcher {
+				require.FileExists(t, job.Address)
+			}
+			for _, conn := range conns {
+				conn.Close()
+			}
+			c.close()
+		}
+	})
+}
+
+// What is kept for an address without a process is let go in time, although the
+// hub has changed since.
+func TestHandoffUnservedAfterHubChange(t *testing.T) {
+	noLeaks(t)
+	defer set(&unservedFor, 200*time.Millisecond)()
+	defer set(&beatEvery, 50*time.Millisecond)()
+	path := handoffPath(t)
+	hub := startServer(t, serverJob{Path: path, Address: "127.0.0.1:0", Members: 1})
+	mine, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer mine.Close()
+	last := startServer(t, serverJob{Path: path, Address: "127.0.0.1:0", Members: 2})
+	last.kill()
+	hub.kill()
+	require.Eventually(t, func() bool {
+		c, err := dialOnce("tcp", last.Address)
+		if err == nil {
+			c.Close()
+		}
+		return isHub(path) && isRefused(err)
+	}, limit(10*time.Second), 10*time.Millisecond)
+}
+
+// Past 256 sockets of a process the others take no more. Info says so, and
+// nothing else suffers.
+func TestHandoffTakesSoManySockets(t *testing.T) {
+	noLeaks(t)
+	defer set(&handoffMost, 6)()
+	path := handoffPath(t)
+	_, ls := newTestGroup(t, 4, "tcp4", "127.0.0.1:0", WithHandoff(path))
+	b := startServer(t, serverJob{Path: path, Address: ls[0].Addr().String(), Members: 1})
+	for range 3 {
+		begin := time.Now()
+		_, more := newTestGroup(t, 4, "tcp4", "127.0.0.1:0", WithHandoff(path))
+		require.Less(t, time.Since(begin), exchangeTime)
+		require.NotZero(t, ls[0].Info().OnKill&InheritHandoff)
+		c := startServer(t, serverJob{Path: path, Address: more[0].Addr().String(), Members: 1})
+		require.ErrorContains(t, more[0].Info().Reason, "don't have every socket")
+		c.close()
+		for _, l := range more {
+			l.Close()
+		}
+	}
+	b.close()
+}
+
+// A hub that doesn't get a socket from the first process that has it asks the
+// next.
+func TestHandoffHubAsksTheNext(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	h, err := startHub(path, newID())
+	require.NoError(t, err)
+	defer h.close()
+	id := newID()
+	silent, other := dialHub(t, path), dialHub(t, path)
+	silent.hello(1, 1)
+	silent.expect(frameHello)
+	silent.send(frame{kind: frameHas, id: id}, nil)
+	silent.expect(frameWant)
+	other.hello(1, 1)
+	other.expect(frameHello)
+	other.send(frame{kind: frameHas, id: id, flags: flagMine | flagBalanced}, nil)
+	other.send(frame{kind: frameSynced}, nil)
+	other.expect(frameWant)
+	other.expect(frameSynced)
 }

@@ -306,7 +306,6 @@ func (h *handoff) fail(err error) {
 		h.lost = time.Now()
 	}
 	h.w, h.synced, h.alone, h.why = nil, false, true, err
-	clear(h.peers)
 	for _, p := range h.sockets {
 		if p.fresh && isShortage(err) {
 			h.forget(p) // others hold it, and descriptors are for this process's own first
@@ -408,7 +407,14 @@ func (h *handoff) greet(w *wire) error {
 		p.owner = processID{} // unless the hub says so again
 		p.isKept = true       // unless the hub wants it
 	}
-	w.send(frame{kind: frameSynced}, nil)
+	for at := range h.groups { // first of all: nobody may think that he is the last one there
+		w.send(frame{kind: frameOn, at: at}, nil)
+	}
+	known := 0
+	for _, n := range h.peers {
+		known = max(known, n)
+	}
+	w.send(frame{kind: frameSynced, n: uint32(known)}, nil)
 	h.w, h.hub = w, f.process
 	return nil
 }
@@ -468,21 +474,24 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 			h.change()
 		}
 	case frameDrop:
-		if p != nil && !p.mine {
+		switch {
+		case p == nil:
+		case p.mine: // it can't know
+			p.isKept = false
+			h.give(p)
+		default:
 			h.forget(p)
 		}
 	case framePeers:
 		h.peers[f.at] = int(f.n)
 	case frameSynced:
 		h.synced, h.alone, h.why = true, false, nil
+		clear(h.peers) // the hub counts anew, after this
 		for _, p := range h.sockets {
 			p.fresh = false
 			if p.isKept {
 				p.keep()
 			}
-		}
-		for at := range h.groups {
-			w.send(frame{kind: frameOn, at: at}, nil)
 		}
 		h.turned()
 	case frameReply:
@@ -520,9 +529,10 @@ func (h *handoff) ask(f frame, d *descriptor, answer func(ok, answered bool)) {
 
 // give deposits a socket with the hub. It is called under mu.
 func (h *handoff) give(p *pooled) {
-	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, _ bool) {
-		if ok {
+	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, answered bool) {
+		if answered {
 			p.keep()
+			p.isKept = ok
 		}
 	})
 }
@@ -649,6 +659,13 @@ func (h *handoff) leave(g *group) (others bool) {
 			p.mine, p.shared = false, false
 		}
 	}
+	if h.w != nil && !h.synced {
+		// The hub believes what it was told when it was greeted, and won't answer
+		// before it has heard the others.
+		h.w.send(frame{kind: frameOff, at: g.at}, nil)
+		h.mu.Unlock()
+		return true
+	}
 	h.mu.Unlock()
 	others, err := h.exchange(context.Background(), frame{kind: frameOff, at: g.at})
 	if err != nil {
@@ -759,7 +776,7 @@ func (h *handoff) state(at place) error {
 	}
 	for _, p := range h.sockets {
 		if p.at == at && (p.mine || !p.balanced) && !p.isKept {
-			return fmt.Errorf("the handoff %s: not every socket is deposited with the others yet", h.path)
+			return fmt.Errorf("the handoff %s: the others don't have every socket of this process (they take %d)", h.path, handoffSockets)
 		}
 	}
 	return nil
@@ -872,11 +889,16 @@ func (h *handoff) find(g *group) (net.Listener, error) {
 		return nil, nil
 	}
 	defer found.d.release()
-	if err := checkSocket(found, g); err != nil {
+	err := checkSocket(found, g)
+	if err == nil && isFile(g.at) {
+		_, err = os.Lstat(g.at.host)
+	}
+	if err != nil {
 		h.mu.Lock()
 		found.refused = true
 		h.mu.Unlock()
-		return nil, err
+		log(g.log, "a socket of the handoff can't be used", "path", h.path, "address", g.at, "reason", err)
+		return nil, nil
 	}
 	return listenerOf(found.d)
 }

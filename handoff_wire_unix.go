@@ -40,7 +40,7 @@ import (
 const (
 	frameHello  = iota + 1 // to the hub: n is the lowest version <<16 and the highest; back: the one to speak
 	frameHas               // to the hub: I hold this socket already
-	frameSynced            // to the hub: that is all I hold; back: you know everything
+	frameSynced            // to the hub: that is all I hold, and I knew n processes; back: you know everything
 	frameWant              // from the hub: send me this socket
 	frameSocket            // with a descriptor. To the hub: keep it, pass it on; from it: keep it. Wants an answer if n isn't 0
 	frameOwner             // to the hub: I want to accept from it, or not any more; from it: process does, or nobody if that is zero

@@ -363,9 +363,14 @@ func WithPinnedProgram(path string) Option {
 // last process on an address closes, its sockets are closed, and what waits is
 // reset; when it was killed, and other processes of the set live that listen
 // elsewhere, they keep the sockets for 30 s, for the next one on the address. A
-// stopped process keeps the port open when all others have ended.
+// stopped process keeps the sockets that it holds open, also those of an address
+// whose processes have all ended: what arrives there waits until it goes on.
 //
-// A process hands off at most 256 sockets. Steering by source is [ErrUnsupported]
+// All processes of a path must be in one network namespace. A process hands off
+// at most 256 sockets; what is past that goes with it. A new listener adopts a
+// socket that an ended one has left before it opens another, so that restarts
+// don't add any; one that joins while the others don't answer does open its own,
+// and it stays. Steering by source is [ErrUnsupported]
 // together with it, and by load too where the kernel balances. So is WithHandoff
 // itself on Windows, AIX, plan9 and wasm. Surplus sockets of closed members aren't
 // retired (see Linux above); the next member that joins adopts one.
