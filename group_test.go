@@ -389,10 +389,15 @@ type conns struct {
 func (c *conns) SetDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.IsZero() {
-		c.wake = make(chan struct{})
-	} else {
-		close(c.wake)
+	select {
+	case <-c.wake:
+		if t.IsZero() {
+			c.wake = make(chan struct{})
+		}
+	default:
+		if !t.IsZero() {
+			close(c.wake)
+		}
 	}
 	return nil
 }
