@@ -963,6 +963,7 @@ type message struct {
 	c    net.Conn
 	err  error
 	lead bool
+	own  bool // the leader's own connection: its waiter is another's by now
 	rest bool // err is a passing one of the listener, which is left alone for now
 }
 
@@ -1110,7 +1111,7 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 			leads = true
 			continue
 		}
-		if w != nil {
+		if w != nil && !m.own {
 			waiters.Put(w)
 		}
 		switch {
@@ -1141,7 +1142,10 @@ func (l *Listener) line(w *waiter, leads bool) (_ *waiter, m message, inLine boo
 		return w, message{err: failed.(struct{ error }).error}, false
 	}
 	if w == nil {
-		w = waiters.Get().(*waiter)
+		if w = l.spare; w == nil {
+			w = waiters.Get().(*waiter)
+		}
+		l.spare = nil
 		w.since = 1
 		if l.g.steering == SteerLoad {
 			w.since = d.seq.Add(1)
@@ -1201,7 +1205,7 @@ func (l *Listener) send(m message, w *waiter) (sent, own bool) {
 		return false, false
 	}
 	if i := slices.Index(l.waiters, w); i >= 0 {
-		l.unline(i)
+		l.spare = l.unline(i) // its Accept is done with it
 		return true, true
 	}
 	// The leader can do it too, but has to be woken.
@@ -1259,7 +1263,7 @@ func (d *dispatcher) lead(l *Listener, w *waiter) message {
 		case err == nil:
 			switch sent, own := d.route(c, l, w); {
 			case own:
-				return message{c: c}
+				return message{c: c, own: true}
 			case !sent:
 				// Nobody waits, so w is out of line too. What ended its waiting
 				// comes second to a connection, unless it is one.

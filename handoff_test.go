@@ -1021,8 +1021,11 @@ func TestHandoffBadHub(t *testing.T) {
 		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
 		p.expect(frameSynced)
 		p.send(frame{kind: frameSynced}, nil)
-		f, _, err := p.read(limit(5 * time.Second))
+		f, d, err := p.read(limit(5 * time.Second))
 		for err == nil {
+			if d != nil {
+				d.release()
+			}
 			if f.kind == frameSocket || f.kind == frameOn {
 				p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
 			}
@@ -1045,11 +1048,7 @@ func TestHandoffBadHub(t *testing.T) {
 				}
 				close(sent)
 			}
-			var d *descriptor
 			f, d, err = p.read(limit(5 * time.Second))
-			if d != nil {
-				d.release()
-			}
 		}
 	})
 	ln, err := Listen("tcp4", "127.0.0.1:0", WithHandoff(path))

@@ -286,7 +286,7 @@ func WithReusePort() Option {
 //   - SteerSource takes no privilege. With CAP_BPF the kernel inherits as well;
 //     without, a classic BPF program has the place of the one for that.
 //   - SteerLoad takes CAP_BPF. Of two members that a connection's flow ranks first,
-//     the one with the shorter queue gets it. The queues are looked at every 2 ms
+//     the one with the shorter queue gets it. The queues are looked at every ms
 //     while there is traffic, which costs a goroutine.
 //   - SteerCPU (from Linux 6.2, no privilege) gives every socket a CPU, and a
 //     connection goes to the one of the CPU that received it.

@@ -50,6 +50,7 @@ type Listener struct {
 	deadline time.Time   // the user's; guarded by mu
 	timer    *time.Timer // of deadline, for the dispatcher; guarded by mu
 	waiters  []*waiter   // Accepts that wait for the dispatcher; guarded by mu
+	spare    *waiter     // for the next; guarded by mu
 	held     []*heldConn // connections that wait for this member; guarded by mu
 	since    atomic.Uint64
 }

@@ -474,7 +474,7 @@ type sampler struct {
 }
 
 const (
-	sampleEvery = 2 * time.Millisecond
+	sampleEvery = time.Millisecond
 	sampleFor   = 100 * time.Millisecond // without traffic
 )
 
