@@ -1311,15 +1311,15 @@ func (d *dispatcher) pump() {
 // one.
 func (d *dispatcher) passLead() {
 	for {
-		switch waits := d.anyWaits(); {
-		case waits && d.deadliner == nil:
-			go d.pump()
-			return
-		case waits && d.sendAny(message{lead: true}):
-			return
-		}
 		d.leading.Store(false)
 		if !d.anyWaits() || !d.leading.CompareAndSwap(false, true) {
+			return // whoever stands in line later, looks for a leader after that
+		}
+		switch {
+		case d.deadliner == nil:
+			go d.pump()
+			return
+		case d.sendAny(message{lead: true}):
 			return
 		}
 	}
