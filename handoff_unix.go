@@ -659,16 +659,15 @@ func (h *handoff) leave(g *group) (others bool) {
 			p.mine, p.shared = false, false
 		}
 	}
-	if h.w != nil && !h.synced {
-		// The hub believes what it was told when it was greeted, and won't answer
-		// before it has heard the others.
-		h.w.send(frame{kind: frameOff, at: g.at}, nil)
-		h.mu.Unlock()
-		return true
-	}
 	h.mu.Unlock()
 	others, err := h.exchange(context.Background(), frame{kind: frameOff, at: g.at})
 	if err != nil {
+		// A hub that is slow to answer believes what it was told when it was greeted.
+		h.mu.Lock()
+		if h.w != nil {
+			h.w.send(frame{kind: frameOff, at: g.at}, nil)
+		}
+		h.mu.Unlock()
 		log(g.log, "nobody could be told that this process leaves its sockets", "path", h.path, "address", g.at, "reason", err)
 		return true // who knows
 	}

@@ -180,6 +180,8 @@ func TestUnprivileged(t *testing.T) {
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	require.Contains(t, string(out), "--- PASS: TestSiblingInheritsQueue/", "nothing was run: %s", out)
+	require.Contains(t, string(out), "--- PASS: TestHandoffExperiment", "nothing was run: %s", out)
+	require.NotContains(t, string(out), "TestUnprivileged runs it", "%s", out)
 	t.Logf("%d tests passed as uid %d", strings.Count(string(out), "--- PASS"), nobody)
 }
 
