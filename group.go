@@ -1095,7 +1095,7 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 			if d.loose.Load() > 0 {
 				d.giveFree()
 			}
-			leads = leads || d.leading.CompareAndSwap(false, true)
+			leads = leads || d.leading.CompareAndSwap(false, true) // who led may have seen nobody in line
 			switch {
 			case !leads:
 				m = <-w.message

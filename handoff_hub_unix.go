@@ -162,7 +162,6 @@ func startHub(path string, process processID) (*hub, error) {
 }
 
 func (h *hub) begin() error {
-	// O_NONBLOCK is only for a path that is a pipe; Fd would do for a regular file.
 	var lerr error
 	conn, err := h.lock.SyscallConn()
 	if err != nil {
