@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -1385,4 +1386,34 @@ func TestHandoffHubAsksTheNext(t *testing.T) {
 	other.send(frame{kind: frameSynced}, nil)
 	other.expect(frameWant)
 	other.expect(frameSynced)
+}
+
+// The logger hears of deposits, adoptions and inheritances.
+func TestHandoffLog(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	var mu sync.Mutex
+	var text strings.Builder
+	says := func(what string) func() bool {
+		return func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return strings.Contains(text.String(), what)
+		}
+	}
+	logger := slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return text.Write(b)
+	}), nil))
+	_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithHandoff(handoffPath(t)), WithLogger(logger))
+	require.True(t, says("a socket is deposited")())
+	require.True(t, says("this process is the hub")())
+	b := startServer(t, serverJob{Path: ls[0].g.handoff, Address: ls[0].Addr().String(), Members: 1})
+	b.kill()
+	require.Eventually(t, says("this process serves a socket that nobody else is known to accept from"), limit(5*time.Second), time.Millisecond)
+	require.NoError(t, joinTest(t, ls[0], WithHandoff(ls[0].g.handoff), WithLogger(logger)).Close())
+	require.True(t, says("a new member adopted the socket")())
+	require.True(t, says("siblings inherit the socket of a closed member")())
+	require.True(t, says("address="+ls[0].Addr().String())())
 }
