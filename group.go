@@ -315,7 +315,7 @@ func newGroup(at place, network string, noKernel error, cfg *config) *group {
 	g.members.Store(new([]*Listener))
 	g.shared.Store(new([]*watch))
 	if noKernel != nil {
-		g.d = &dispatcher{g: g}
+		g.d = &dispatcher{g: g, leader: &waiter{message: make(chan message, 1), leads: true, since: 1}}
 	}
 	return g
 }
@@ -936,6 +936,7 @@ type dispatcher struct {
 	restore   func(*net.TCPConn)                        // what its connections need, nil if nothing
 
 	leading atomic.Bool   // somebody has the lead, or it is being passed on
+	leader  *waiter       // of a leader that stands alone; belongs to who leads
 	seq     atomic.Uint64 // orders waiters, for SteerLoad
 	holding atomic.Int32  // connections in all Listener.held
 	loose   atomic.Int32  // len(free)
@@ -963,7 +964,6 @@ type message struct {
 	c    net.Conn
 	err  error
 	lead bool
-	own  bool // the leader's own connection: its waiter is another's by now
 	rest bool // err is a passing one of the listener, which is left alone for now
 }
 
@@ -1090,7 +1090,12 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 	for {
 		m, inLine := message{}, false
 		leads = leads || d.leading.CompareAndSwap(false, true)
-		w, m, inLine = l.line(w, leads && d.deadliner != nil)
+		if leads && l.standAlone() {
+			d.drop(w)
+			w, inLine = d.leader, true
+		} else {
+			w, m, inLine = l.line(w, leads && d.deadliner != nil)
+		}
 		if inLine {
 			if d.loose.Load() > 0 {
 				d.giveFree()
@@ -1111,9 +1116,7 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 			leads = true
 			continue
 		}
-		if w != nil && !m.own {
-			waiters.Put(w)
-		}
+		d.drop(w)
 		switch {
 		case leads && m.rest:
 			d.rest()
@@ -1121,6 +1124,45 @@ func (d *dispatcher) accept(l *Listener) (net.Conn, error) {
 			d.passLead()
 		}
 		return m.c, m.err
+	}
+}
+
+// drop ends the use of a waiter that is out of line, with no message on its way.
+func (d *dispatcher) drop(w *waiter) {
+	if w != nil && w != d.leader {
+		waiters.Put(w)
+	}
+}
+
+// leaderOnly in Listener.since stands for a line of one: the dispatcher's
+// leader, which isn't in waiters. It is what most Accepts of a busy server are,
+// and takes no lock.
+const leaderOnly = 1<<64 - 1
+
+// standAlone puts the leader in the member's line, if nobody is there, and there
+// is nothing to look after but connections. Whoever else needs to know the line
+// makes an ordinary one of it first, by admit.
+func (l *Listener) standAlone() bool {
+	d := l.g.d
+	if d.deadliner == nil || l.g.steering != SteerFlow || !l.since.CompareAndSwap(0, leaderOnly) {
+		return false
+	}
+	// Who ends the waiting for one of these has set it before it admits.
+	if l.state.Load()&closedMark == 0 && !l.timed.Load() && d.failed.Load() == nil {
+		return true
+	}
+	return !l.leaveAlone() // somebody has admitted it
+}
+
+// leaveAlone takes a leader that stands alone out of the line. It returns false
+// if it doesn't, any more.
+func (l *Listener) leaveAlone() bool { return l.since.CompareAndSwap(leaderOnly, 0) }
+
+// admit puts a leader that stands alone in waiters. It is called under l.mu,
+// before waiters is used.
+func (l *Listener) admit() {
+	if l.since.CompareAndSwap(leaderOnly, 1) {
+		l.waiters = append(l.waiters, l.g.d.leader)
 	}
 }
 
@@ -1141,20 +1183,23 @@ func (l *Listener) line(w *waiter, leads bool) (_ *waiter, m message, inLine boo
 	if failed := d.failed.Load(); failed != nil {
 		return w, message{err: failed.(struct{ error }).error}, false
 	}
-	if w == nil {
-		if w = l.spare; w == nil {
-			w = waiters.Get().(*waiter)
-		}
-		l.spare = nil
+	again := w != nil
+	if !again {
+		w = waiters.Get().(*waiter)
 		w.since = 1
 		if l.g.steering == SteerLoad {
 			w.since = d.seq.Add(1)
 		}
-		l.waiters = append(l.waiters, w)
-	} else {
-		l.waiters = slices.Insert(l.waiters, 0, w)
 	}
 	w.leads = leads
+	for !l.since.CompareAndSwap(0, w.since) && len(l.waiters) == 0 {
+		l.admit()
+	}
+	at := len(l.waiters)
+	if again {
+		at = 0
+	}
+	l.waiters = slices.Insert(l.waiters, at, w)
 	l.since.Store(l.waiters[0].since)
 	return w, message{}, true
 }
@@ -1189,6 +1234,7 @@ func (l *Listener) end(i int, m message) {
 func (l *Listener) out(w *waiter) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.admit()
 	i := slices.Index(l.waiters, w)
 	if i >= 0 {
 		l.unline(i)
@@ -1199,13 +1245,17 @@ func (l *Listener) out(w *waiter) bool {
 // send gives m to a waiter of the member; to w itself, which is then true, if
 // w is the first choice and still in line. It returns false if nobody waits.
 func (l *Listener) send(m message, w *waiter) (sent, own bool) {
+	if w != nil && w == l.g.d.leader && l.leaveAlone() {
+		return true, true
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.admit()
 	if len(l.waiters) == 0 {
 		return false, false
 	}
 	if i := slices.Index(l.waiters, w); i >= 0 {
-		l.spare = l.unline(i) // its Accept is done with it
+		l.unline(i)
 		return true, true
 	}
 	// The leader can do it too, but has to be woken.
@@ -1216,6 +1266,7 @@ func (l *Listener) send(m message, w *waiter) (sent, own bool) {
 
 // wakeAll ends every waiting of the member with err. It is called under l.mu.
 func (l *Listener) wakeAll(err error) {
+	l.admit()
 	for len(l.waiters) > 0 {
 		l.end(0, message{err: err})
 	}
@@ -1263,7 +1314,7 @@ func (d *dispatcher) lead(l *Listener, w *waiter) message {
 		case err == nil:
 			switch sent, own := d.route(c, l, w); {
 			case own:
-				return message{c: c, own: true}
+				return message{c: c}
 			case !sent:
 				// Nobody waits, so w is out of line too. What ended its waiting
 				// comes second to a connection, unless it is one.

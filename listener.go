@@ -50,9 +50,12 @@ type Listener struct {
 	deadline time.Time   // the user's; guarded by mu
 	timer    *time.Timer // of deadline, for the dispatcher; guarded by mu
 	waiters  []*waiter   // Accepts that wait for the dispatcher; guarded by mu
-	spare    *waiter     // for the next; guarded by mu
 	held     []*heldConn // connections that wait for this member; guarded by mu
-	since    atomic.Uint64
+
+	// For the dispatcher. since is that of waiters[0], 0 if nobody waits, or
+	// leaderOnly: see standAlone. timed tells that there is a deadline.
+	since atomic.Uint64
+	timed atomic.Bool
 }
 
 const (
@@ -305,6 +308,7 @@ func (l *Listener) SetDeadline(t time.Time) error {
 	l.deadline = t
 	switch {
 	case l.ln == nil:
+		l.timed.Store(!t.IsZero())
 		l.setTimer(t)
 	case state&kickedMark == 0:
 		return l.ln.SetDeadline(t)

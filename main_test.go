@@ -245,7 +245,7 @@ func blocked(t testing.TB, l *Listener) <-chan result {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 		}
-		return l.state.Load()&countMask > before && (l.ln != nil || len(l.waiters) > int(before))
+		return l.state.Load()&countMask > before && (l.ln != nil || len(l.waiters) > int(before) || before == 0 && l.since.Load() == leaderOnly)
 	}, limit(5*time.Second), time.Millisecond)
 	return ch
 }
