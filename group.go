@@ -123,7 +123,7 @@ type group struct {
 	lastID uint64 // of a member, for rendezvous hashing
 	wont   error  // why the kernel doesn't inherit
 	undo   func() // gives back what letKernelInherit holds
-	again  *time.Timer
+	again  func() // ends looking again
 	// Copied when they change, under mu; read without it.
 	members atomic.Pointer[[]*Listener]
 	shared  atomic.Pointer[[]*watch] // sockets of closed members
@@ -515,23 +515,22 @@ func (g *group) letKernelInherit(s *socket, cfg *config) error {
 	if done != nil {
 		g.undo = done
 	}
-	if g.again == nil && lookAgainEvery > 0 {
-		g.again = time.AfterFunc(lookAgainEvery, g.lookAgain)
+	if g.again == nil {
+		g.again = keepLooking(g.lookAgain)
 	}
 	return nil
 }
 
-// forget gives back what letKernelInherit holds, and ends lookAgain.
+// forget gives back what letKernelInherit holds, and ends looking again.
 func (g *group) forget() {
 	g.mu.Lock()
-	if g.again != nil {
-		g.again.Stop()
-	}
-	undo := g.undo
-	g.undo = nil
+	again, undo := g.again, g.undo
+	g.again, g.undo = nil, nil
 	g.mu.Unlock()
-	if undo != nil {
-		undo()
+	for _, end := range []func(){again, undo} {
+		if end != nil {
+			end()
+		}
 	}
 }
 

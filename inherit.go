@@ -275,11 +275,6 @@ func (g *group) lookAgain() {
 		}
 	}
 	g.k.tick()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if !g.dying {
-		g.again.Reset(lookAgainEvery)
-	}
 }
 
 // lookAgain ends a wait on the duplicate, after which wait looks by itself.

@@ -56,8 +56,8 @@ func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) 
 // what letKernelInherit said.
 func kernelInherits(wont error) (bool, error) { return wont == nil, wont }
 
-// lookAgainEvery is never: a connection always wakes who waits for it.
-const lookAgainEvery = 0
+// keepLooking: a connection always wakes who waits for it.
+func keepLooking(func()) (stop func()) { return nil }
 
 // queueLength: DragonFly doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }

@@ -65,8 +65,8 @@ func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) 
 // what letKernelInherit said.
 func kernelInherits(wont error) (bool, error) { return false, wont }
 
-// lookAgainEvery is never: a connection always wakes who waits for it.
-const lookAgainEvery = 0
+// keepLooking: a connection always wakes who waits for it.
+func keepLooking(func()) (stop func()) { return nil }
 
 // queueLength returns the number of connections that wait in a listening
 // socket, and the limit in force.

@@ -33,7 +33,7 @@ func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) 
 
 func kernelInherits(wont error) (bool, error) { return false, wont }
 
-const lookAgainEvery = 0
+func keepLooking(func()) (stop func()) { return nil }
 
 // queueLength: the system doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }

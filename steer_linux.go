@@ -602,7 +602,6 @@ func (k *kernelSteering) tick() {
 	g := k.g
 	g.mu.Lock()
 	if g.dying || g.pinned || g.h != nil { // other processes hold the sockets too
-
 		g.mu.Unlock()
 		return
 	}

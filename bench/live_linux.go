@@ -58,7 +58,7 @@ const burst = 50 * time.Millisecond
 
 // floods are the threads of the client: fewer don't saturate a server, which then
 // falls asleep and is woken for each connection.
-var floods = max(2, runtime.NumCPU()/2)
+var floods = 2 * runtime.NumCPU()
 
 // liveServer is a contender with so many accept loops.
 type liveServer struct {
