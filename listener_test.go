@@ -285,7 +285,11 @@ func TestClosedListener(t *testing.T) {
 // Stats tell what waits and how much may, where the system does.
 func TestStats(t *testing.T) {
 	inModes(t, func(t *testing.T, m mode) {
-		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", m.opt, WithBacklog(50))
+		opts := []Option{m.opt}
+		if canSetBacklog {
+			opts = append(opts, WithBacklog(50))
+		}
+		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
 		queueUp(t, g.Addr(), 7)
 		s := g.Stats()
 		if s.Queued < 0 {
