@@ -4,16 +4,22 @@
 //
 //	ln, err := lblisten.Listen("tcp", ":8080", lblisten.WithLB()) // was: net.Listen("tcp", ":8080")
 //
-// # Words
+// # What changes when I replace net.Listen
 //
-// A listener, or member, is what Listen returns: one accept queue of a group.
+// Without options nothing: Listen is net.Listen. With [WithLB] and its relatives the
+// listener joins the others of its address, in this process and, where the kernel
+// balances, in others of the same user. Accept still returns a bare *net.TCPConn with
+// the options that package net sets, and its errors; deadlines, File and
+// SyscallConn work. MPTCP is off, because balanced sockets can't have it. Close hands over what
+// waits instead of resetting it, if a sibling lives.
+//
+// Words: a listener, or member, is what Listen returns: one accept queue of a group.
 // A group is all members of one address in this process. A socket is a
 // listening socket of the kernel. The balancer spreads connections over the
-// members: the kernel, or the in-process dispatcher. Inheritance is what
-// happens to the connections that wait in a closing member's queue: a sibling,
-// the heir, gets them.
+// members. Inheritance is what happens to the connections that wait in a closing
+// member's queue: a sibling, the heir, gets them.
 //
-// # Who balances
+// # Which balancer did I get
 //
 // Where the kernel balances (Linux with SO_REUSEPORT, FreeBSD from 12 with
 // SO_REUSEPORT_LB, DragonFly with SO_REUSEPORT) every member has a socket of
@@ -23,7 +29,8 @@
 // [WithDispatcher], the members of a process share one socket and take turns
 // at accepting from it; each connection goes to the member that rendezvous
 // hashing of its addresses ranks first among those that wait in Accept.
-// [Listener.Info] says which of them is in force, and why nothing stronger is.
+// [Listener.Info] says which of them is in force, and why nothing stronger is;
+// [WithRequireKernel] makes an error of the second.
 //
 // # What is lost when
 //
@@ -35,22 +42,12 @@
 // process inherits it: by [WithHandoff], on any unix and without privilege, or by
 // the kernel itself, as DragonFly's does, and that of Linux as below.
 //
-// # Restarts
+// # Which privilege buys what
 //
-// With WithHandoff a service of one or more processes is restarted without losing
-// anything: start the new process, and when its Listen has returned, end the old
-// one. While a third process lives the old one may go first. A process that ends
-// should close its listeners first, answer what it has accepted, and then exit;
-// examples/restart does so. If the last process ends before the next has returned
-// from Listen, what waits is reset.
-//
-// All listeners of a process are taken to be in one network namespace.
-//
-// # Linux
-//
-// From Linux 5.14 the kernel can give the queue of a process that dies to the
-// other processes on the address, half-open connections included. One of these
-// is enough:
+// None is needed for anything but the inheritance by Linux's kernel, which
+// [WithHandoff] makes needless. From Linux 5.14 the kernel can give the queue of a
+// process that dies to the other processes on the address, half-open connections
+// included. One of these is enough:
 //
 //   - The process has CAP_BPF (from 5.8; CAP_SYS_ADMIN before): Listen loads a BPF
 //     program of three instructions. For a systemd unit: AmbientCapabilities=CAP_BPF;
@@ -66,9 +63,30 @@
 // listener migration") don't wake the heir: waiting Accepts look at their sockets once a
 // second.
 //
+// [SteerLoad] takes CAP_BPF too where the kernel balances; the other steerings, and
+// all of the dispatcher's, take no privilege.
+//
 // Sockets that closed members left, and no new member adopts, are closed a few
 // seconds after nothing was steered to them any more, as long as all sockets of
-// the address belong to the process and no handoff holds them too.
+// the address belong to the process and no handoff holds them too (Linux).
+//
+// # Containers, systemd, Kubernetes, macOS, Windows
+//
+// Processes share an address if they are in one network namespace and of one user:
+// two containers of a pod are, two pods aren't. For WithHandoff they need a common
+// directory too, such as a volume of the pod. systemd's RuntimeDirectory= makes one that fits. A
+// socket that systemd has opened (socket activation) is balanced in this process by
+// [Dispatch]. macOS and Windows balance nothing, so members are the dispatcher's; a
+// second process on an address is EADDRINUSE there, on macOS but with WithHandoff.
+//
+// # How do I restart without downtime
+//
+// With WithHandoff a service of one or more processes is restarted without losing
+// anything: start the new process, and when its Listen has returned, end the old
+// one. While a third process lives the old one may go first. A process that ends
+// should close its listeners first, answer what it has accepted, and then exit;
+// examples/restart does so. If the last process ends before the next has returned
+// from Listen, what waits is reset.
 //
 // # Errors
 //
