@@ -336,7 +336,7 @@ func TestHandoffExperiment(t *testing.T) {
 					}
 				}
 				served := answered(conns)
-				t.Logf("%d connections, %d lost", n, n-served)
+				t.Logf("%d tried, %d lost", n, n-served)
 				require.Equal(t, n, served)
 			})
 		})

@@ -150,7 +150,7 @@ func TestShutdownUnderLoad(t *testing.T) {
 		clients.Wait()
 		require.NoError(t, two.Shutdown(ctx))
 		<-served[two]
-		t.Logf("%d requests, %d failed", ok.Load(), failed.Load())
+		t.Logf("%d tried, %d lost", ok.Load()+failed.Load(), failed.Load())
 		require.Zero(t, failed.Load())
 	})
 }

@@ -356,7 +356,7 @@ func (d *load) end(t testing.TB, opening bool) {
 	d.stop.Store(true)
 	d.wg.Wait()
 	failed, refused := d.failed.Load(), d.refused.Load()
-	t.Logf("%d connections served, %d failed, %d of them refused", d.served.Load(), failed, refused)
+	t.Logf("%d tried, %d lost, %d refused", d.served.Load()+failed, failed-refused, refused)
 	if opening && runtime.GOOS == "freebsd" {
 		failed -= refused
 	}
