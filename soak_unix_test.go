@@ -1,0 +1,500 @@
+//go:build unix && !aix
+
+package lblisten
+
+// The soak of processes with a handoff: they start, close, are killed and
+// stopped at random under load, their listeners come and go, and a model says
+// what each client may see. What a killed process had accepted is found out from
+// outside: on Linux it is stopped first, in whatever it does at that moment, and
+// the kernel is asked for its connections before it is killed; elsewhere it is
+// killed while it accepts nothing and has answered everybody.
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+func init() { workers["soak"] = soakWorker }
+
+// A soakServer is what soakWorker has.
+type soakServer struct {
+	opts                  []Option
+	listeners             []*Listener
+	accepting, unanswered sync.WaitGroup
+
+	mu     sync.Mutex
+	cond   sync.Cond // what follows has changed
+	held   bool
+	parked int
+}
+
+// soakWorker listens, accepts and obeys, a word a line, each of which is
+// answered by a report.
+func soakWorker() {
+	var job serverJob
+	must(json.Unmarshal([]byte(os.Getenv("LBLISTEN_TEST_JOB")), &job))
+	s := &soakServer{opts: []Option{WithHandoff(job.Path)}}
+	s.cond.L = &s.mu
+	if job.Dispatcher {
+		s.opts = append(s.opts, WithDispatcher())
+	}
+	out := json.NewEncoder(os.Stdout)
+	g, err := ListenGroup(context.Background(), job.Network, job.Address, job.Members, s.opts...)
+	if err != nil {
+		out.Encode(serverReport{Err: err.Error()})
+		return
+	}
+	for _, l := range g.Listeners() {
+		s.start(l)
+	}
+	report := func(err error) {
+		info := s.listeners[0].Info()
+		r := serverReport{Address: g.Addr().String(), Members: info.Members, Sockets: info.Sockets, OnClose: info.OnClose, OnKill: info.OnKill, Hub: isHub(job.Path)}
+		if info.Reason != nil {
+			r.Reason = info.Reason.Error()
+		}
+		if err != nil {
+			r.Err = err.Error()
+		}
+		must(out.Encode(r))
+	}
+	report(nil)
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		var err error
+		switch in.Text() {
+		case "hold":
+			s.hold()
+		case "go on":
+			s.goOn()
+		case "join":
+			var ln net.Listener
+			if ln, err = Listen(job.Network, g.Addr().String(), s.opts...); err == nil {
+				s.start(ln.(*Listener))
+			}
+		case "leave":
+			if n := len(s.listeners); n > 1 {
+				err = s.listeners[n-1].Close()
+				s.listeners = s.listeners[:n-1]
+				s.wake()
+			}
+		case "close":
+			for _, l := range s.listeners {
+				err = errors.Join(err, l.Close())
+			}
+			s.wake()
+			report(err)
+			s.accepting.Wait()
+			s.unanswered.Wait()
+			return
+		}
+		report(err)
+	}
+}
+
+func (s *soakServer) start(l *Listener) {
+	s.listeners = append(s.listeners, l)
+	if s.held {
+		must(l.SetDeadline(longAgo))
+	}
+	s.accepting.Add(1)
+	go func() {
+		defer s.accepting.Done()
+		for {
+			c, err := l.Accept()
+			switch {
+			case err == nil:
+				s.unanswered.Add(1)
+				go func() {
+					echoNumber(c, func(uint64) {}, s.unanswered.Done)
+				}()
+			case errors.Is(err, net.ErrClosed):
+				return
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				s.park(l)
+			default:
+				must(fmt.Errorf("accept: %w", err))
+			}
+		}
+	}()
+}
+
+// park is where an accept loop stands while the server is held.
+func (s *soakServer) park(l *Listener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.parked++
+	s.cond.Broadcast()
+	for s.held && l.state.Load()&closedMark == 0 {
+		s.cond.Wait()
+	}
+	s.parked--
+}
+
+func (s *soakServer) wake() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cond.Broadcast()
+}
+
+// hold returns when nobody accepts, and everybody is answered who was accepted.
+func (s *soakServer) hold() {
+	s.mu.Lock()
+	s.held = true
+	s.mu.Unlock()
+	for _, l := range s.listeners {
+		must(l.SetDeadline(longAgo))
+	}
+	s.mu.Lock()
+	for s.parked < len(s.listeners) {
+		s.cond.Wait()
+	}
+	s.mu.Unlock()
+	s.unanswered.Wait()
+}
+
+func (s *soakServer) goOn() {
+	for _, l := range s.listeners {
+		must(l.SetDeadline(time.Time{}))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = false
+	s.cond.Broadcast()
+}
+
+// soakProcesses is how many processes there are at the most.
+const soakProcesses = 5
+
+// planProcesses is the plan of a round with processes. At any time one lives that
+// isn't about to end. While one is stopped nobody starts or ends.
+func planProcesses(r *rand.Rand) (plan []operation) {
+	var lives, held [soakProcesses]bool
+	add := func(do string, on, n int) {
+		wait := time.Duration(0)
+		if r.IntN(2) == 0 {
+			wait = time.Duration(r.IntN(30_000)) * time.Microsecond
+		}
+		plan = append(plan, operation{do, on, n, wait})
+	}
+	start := func(on int) {
+		add("start", on, 1+r.IntN(3))
+		lives[on], held[on] = true, false
+	}
+	living := func() (n int) {
+		for _, l := range lives {
+			if l {
+				n++
+			}
+		}
+		return n
+	}
+	start(0)
+	start(1)
+	add("load", 0, 1+r.IntN(5))
+	for range 15 + r.IntN(25) {
+		on := r.IntN(soakProcesses)
+		switch what := r.IntN(20); {
+		case what < 1:
+			add("load", 0, r.IntN(6))
+		case what < 4:
+			add("burst", 0, 1+r.IntN(count(60, 5)))
+		case !lives[on]:
+			start(on)
+		case what < 6:
+			add("join", on, 0)
+		case what < 8:
+			add("leave", on, 0)
+		case what < 10:
+			add(map[bool]string{false: "hold", true: "go on"}[held[on]], on, 0)
+			held[on] = !held[on]
+		case what < 12:
+			most := 300
+			if r.IntN(8) == 0 {
+				most = 4000 // longer than silentAfter
+			}
+			add("stop", on, 0)
+			for range r.IntN(4) {
+				add("burst", 0, 1+r.IntN(count(60, 5)))
+			}
+			if living() > 1 && r.IntN(4) == 0 {
+				add("kill", on, 0)
+				lives[on] = false
+			} else {
+				plan = append(plan, operation{"continue", on, 0, limit(time.Duration(r.IntN(most)) * time.Millisecond)})
+			}
+		case living() > 1:
+			ends := []string{"kill", "kill", "kill held", "terminate", "close", "close"}
+			add(ends[r.IntN(len(ends))], on, 0)
+			lives[on] = false
+			if other := r.IntN(soakProcesses); lives[other] && living() > 1 && r.IntN(2) == 0 {
+				add("together: "+ends[r.IntN(len(ends))], other, 0) // without waiting for anything
+				lives[other] = false
+			}
+		}
+	}
+	return plan
+}
+
+// processes is a round of the soak with processes.
+type processes struct {
+	t        *testing.T
+	job      serverJob
+	servers  [soakProcesses]*server
+	ended    []*server
+	stopped  *server
+	clients  clients
+	history  history
+	kills    int
+	accepted int // connections that killed processes had accepted
+
+	mu   sync.Mutex
+	died map[int][]time.Time // by the client's port: when a process was killed that had accepted it
+}
+
+func (ps *processes) start(o operation) {
+	self, err := os.Executable()
+	require.NoError(ps.t, err)
+	job := ps.job
+	job.Members = o.n
+	b, err := json.Marshal(job)
+	require.NoError(ps.t, err)
+	s := &server{t: ps.t, cmd: exec.Command(self)}
+	s.cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=soak", "LBLISTEN_TEST_JOB="+string(b), "GORACE=atexit_sleep_ms=0")
+	s.cmd.Stderr = os.Stderr
+	s.in, err = s.cmd.StdinPipe()
+	require.NoError(ps.t, err)
+	out, err := s.cmd.StdoutPipe()
+	require.NoError(ps.t, err)
+	s.out = json.NewDecoder(out)
+	require.NoError(ps.t, s.cmd.Start())
+	ps.t.Cleanup(s.end)
+	s.hear()
+	require.Empty(ps.t, s.Err)
+	ps.servers[o.on] = s
+	ps.job.Address = s.Address
+}
+
+// end ends a process: what it leaves must come out of another one.
+func (ps *processes) end(how string, on int) {
+	s := ps.servers[on]
+	ps.servers[on] = nil
+	ps.ended = append(ps.ended, s)
+	switch how {
+	case "close":
+		fmt.Fprintln(s.in, "close")
+		return
+	case "terminate", "kill held":
+		s.ask("hold")
+	case "kill":
+		if runtime.GOOS != "linux" {
+			s.ask("hold")
+			break
+		}
+		ps.stop(s)
+		ports, err := clientsOf(s.cmd.Process.Pid, portOf(ps.job.Address))
+		require.NoError(ps.t, err)
+		ps.mu.Lock()
+		for port := range ports {
+			ps.died[port] = append(ps.died[port], time.Now())
+		}
+		ps.mu.Unlock()
+		ps.accepted += len(ports)
+	}
+	ps.kills++
+	sig := syscall.SIGKILL
+	if how == "terminate" {
+		sig = syscall.SIGTERM
+	}
+	s.signal(sig)
+}
+
+// stop stops a process, and returns when all its threads stand still.
+func (ps *processes) stop(s *server) {
+	if ps.stopped == s {
+		return
+	}
+	s.signal(syscall.SIGSTOP)
+	var status unix.WaitStatus
+	_, err := unix.Wait4(s.cmd.Process.Pid, &status, unix.WUNTRACED, nil)
+	for err == unix.EINTR {
+		_, err = unix.Wait4(s.cmd.Process.Pid, &status, unix.WUNTRACED, nil)
+	}
+	require.NoError(ps.t, err)
+	require.True(ps.t, status.Stopped(), "a server ended: %v", status)
+}
+
+func portOf(address string) int {
+	_, port, _ := net.SplitHostPort(address)
+	n, _ := strconv.Atoi(port)
+	return n
+}
+
+// clientsOf returns the ports of the clients whose connections a process has
+// accepted on its port. Linux's kernel tells.
+func clientsOf(pid, port int) (map[int]bool, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	own := make(map[string]bool)
+	for _, f := range files {
+		if to, err := os.Readlink(filepath.Join(dir, f.Name())); err == nil {
+			own[to] = true
+		}
+	}
+	ports := make(map[int]bool)
+	for range 2 { // lines can be passed over while others go
+		b, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			return nil, err
+		}
+		for _, line := range strings.Split(string(b), "\n") {
+			f := strings.Fields(line)
+			if len(f) < 10 || !own["socket:["+f[9]+"]"] || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+				continue
+			}
+			if n, err := strconv.ParseUint(f[2][len(f[2])-4:], 16, 16); err == nil && n != 0 {
+				ports[int(n)] = true
+			}
+		}
+	}
+	return ports, nil
+}
+
+// excuse: a client may fail whose connection had been accepted by a process that
+// was killed then.
+func (ps *processes) excuse(c *client) *atomic.Int64 {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	for _, at := range ps.died[c.port] {
+		if at.After(c.begin) && at.Before(c.end) {
+			return &ps.clients.died
+		}
+	}
+	if runtime.GOOS == "freebsd" && isRefused(c.err) {
+		return &ps.clients.ended
+	}
+	return nil
+}
+
+func (ps *processes) obey(o operation) {
+	if ps.clients.obey(o) {
+		return
+	}
+	s := ps.servers[o.on]
+	switch o.do {
+	case "start":
+		ps.start(o)
+	case "stop":
+		ps.stop(s)
+		ps.stopped = s
+	case "continue":
+		s.signal(syscall.SIGCONT)
+		ps.stopped = nil
+	case "hold", "go on", "join", "leave":
+		r := s.ask(o.do)
+		require.Empty(ps.t, r.Err, o.do)
+	default:
+		how, together := strings.CutPrefix(o.do, "together: ")
+		if !together && ps.stopped == nil {
+			// What Info promises holds from here on, and so it does for who goes next.
+			for _, s := range ps.servers {
+				if s != nil {
+					s.becomes(isHandedOff)
+				}
+			}
+		}
+		ps.end(how, o.on)
+		ps.stopped = nil
+	}
+}
+
+// run does a round and returns what was wrong.
+func (ps *processes) run(plan []operation) error {
+	ps.clients.excuse = ps.excuse
+	for _, o := range plan {
+		time.Sleep(o.wait)
+		ps.history.add(o)
+		ps.obey(o)
+		if ps.clients.address == "" {
+			ps.clients.network, ps.clients.address = "tcp", ps.job.Address
+		}
+	}
+	ps.history.add(operation{do: "end"})
+	hubs := 0
+	for _, s := range ps.servers {
+		if s != nil {
+			r := s.ask("go on")
+			if r.Hub {
+				hubs++
+			}
+		}
+	}
+	ps.clients.wait()
+	for on, s := range ps.servers {
+		if s != nil {
+			ps.end("close", on)
+		}
+	}
+	for _, s := range ps.ended {
+		s.in.Close()
+		s.wait()
+	}
+	if n := ps.clients.lost.Load(); n > 0 {
+		return fmt.Errorf("%d clients are lost, the first: %w", n, *ps.clients.firstErr.Load())
+	}
+	if hubs > 1 {
+		return fmt.Errorf("there are %d hubs", hubs)
+	}
+	return nil
+}
+
+// Processes with a handoff start, close, are killed, stopped and held in any
+// order, alone and two at a time, under load, while their listeners come and go:
+// each client is served, unless a process had accepted it and was killed then.
+func TestHandoffSoak(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		var sum totals
+		kills, accepted := 0, 0
+		soakRounds(t, limit(5*time.Second), func(seed uint64) {
+			plan := planProcesses(rand.New(rand.NewPCG(seed, 1)))
+			ps := &processes{t: t, died: make(map[int][]time.Time),
+				job: serverJob{Path: handoffPath(t), Network: "tcp4", Address: "127.0.0.1:0", Dispatcher: dispatcher}}
+			var err error
+			done := false
+			defer func() {
+				if !done { // a require has failed
+					t.Logf("seed %d after\n%s", seed, &ps.history)
+				}
+			}()
+			ps.history.watch(seed, func() { err = ps.run(plan) })
+			done = true
+			sum.add(&ps.clients, len(plan))
+			kills, accepted = kills+ps.kills, accepted+ps.accepted
+			if err != nil {
+				t.Errorf("seed %d: %v\nafter\n%s", seed, err, &ps.history)
+			}
+		})
+		t.Logf("%v; %d processes killed, which had accepted %d connections then", &sum, kills, accepted)
+	})
+}
