@@ -47,7 +47,49 @@ func TestMain(m *testing.M) {
 		w()
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	ln, err := net.Listen("tcp", "127.0.0.1:0") // what the runtime opens for itself, it opens once
+	if err == nil {
+		ln.Close()
+	}
+	goleak.VerifyTestMain(leftovers{m})
+}
+
+// leftovers runs all tests, and fails if they leave something in the process:
+// descriptors, maps of BPF in its memory, groups. (goleak looks for goroutines after that.)
+type leftovers struct{ *testing.M }
+
+func (l leftovers) Run() int {
+	descriptors, maps := openDescriptors(), mappedBPF()
+	code := l.M.Run()
+	if code != 0 {
+		return code
+	}
+	var left string
+	for until := time.Now().Add(limit(10 * time.Second)); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
+		left = ""
+		if n := openDescriptors(); n > descriptors {
+			left += fmt.Sprintf(" %d descriptors (%d before);", n, descriptors)
+		}
+		if n := mappedBPF(); n > maps {
+			left += fmt.Sprintf(" %d BPF maps in memory (%d before);", n, maps)
+		}
+		registry.mu.Lock()
+		if n := len(registry.groups); n > 0 {
+			left += fmt.Sprintf(" %d groups;", n)
+		}
+		registry.mu.Unlock()
+		if left == "" {
+			return code
+		}
+	}
+	fmt.Fprintln(os.Stderr, "FAIL: the tests leave", left)
+	return 1
+}
+
+// mappedBPF counts the BPF maps in this process's memory, which Linux tells.
+func mappedBPF() int {
+	b, _ := os.ReadFile("/proc/self/maps")
+	return strings.Count(string(b), "bpf-map")
 }
 
 // noLeaks fails the test if it leaves a goroutine, a descriptor or a group.

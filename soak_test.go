@@ -29,11 +29,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// soakRounds calls round with one seed after the other: for LBLISTEN_TEST_SOAK,
-// else for d. With LBLISTEN_TEST_SEED that is the first seed, else it is random.
-func soakRounds(t *testing.T, d time.Duration, round func(seed uint64)) {
+// soakRounds calls round with one seed after the other: for d, or for one of shares
+// of LBLISTEN_TEST_SOAK. With LBLISTEN_TEST_SEED that is the first seed, else it is random.
+func soakRounds(t *testing.T, d time.Duration, shares int, round func(seed uint64)) {
 	if long, err := time.ParseDuration(os.Getenv("LBLISTEN_TEST_SOAK")); err == nil {
-		d = long
+		d = long / time.Duration(shares)
 	}
 	seed, err := strconv.ParseUint(os.Getenv("LBLISTEN_TEST_SEED"), 10, 64)
 	if err != nil {
@@ -305,6 +305,9 @@ type soak struct {
 	m        mode
 	e        endpoint
 	steering Steering
+	loops    int                  // of each member; 0: one or two
+	got      func(c net.Conn)     // takes what Accept returns; nil: it is answered
+	passing  func(err error) bool // whether Accept may return it; nil: it may not
 	addr     atomic.Pointer[net.Addr]
 	clients  clients
 	history  history
@@ -322,6 +325,12 @@ func (s *soak) errorf(format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.errs = append(s.errs, fmt.Errorf(format, args...))
+}
+
+func (s *soak) check(err error) {
+	if err != nil {
+		s.errorf("%w", err)
+	}
 }
 
 // A seat has a group of members, or none. Only its own goroutine uses it.
@@ -345,6 +354,12 @@ type soaked struct {
 	// past and none say what it is in between.
 	version    uint64
 	past, none bool
+}
+
+func newSoaked(l *Listener) *soaked {
+	m := &soaked{Listener: l, none: true}
+	m.cond.L = &m.mu
+	return m
 }
 
 func (m *soaked) change(f func()) {
@@ -382,12 +397,17 @@ func (s *soak) loop(m *soaked) {
 			if same && past {
 				s.errorf("Accept returned a connection after the deadline")
 			}
+			if s.got != nil {
+				s.got(c)
+				continue
+			}
 			s.open.Add(1)
 			go echoNumber(c, func(n uint64) {
 				if _, again := s.answered.LoadOrStore(n, true); again {
 					s.errorf("client %d was accepted twice", n)
 				}
 			}, s.open.Done)
+		case s.passing != nil && s.passing(err):
 		case !errors.As(err, &op) || op.Op != "accept" || c != nil:
 			s.errorf("Accept returned %v, %#v", c, err)
 			return
@@ -400,7 +420,9 @@ func (s *soak) loop(m *soaked) {
 			if same && none {
 				s.errorf("Accept timed out without a deadline")
 			}
-			time.Sleep(100 * time.Microsecond)
+			if s.got == nil {
+				time.Sleep(100 * time.Microsecond)
+			}
 		default:
 			s.errorf("Accept: %w", err)
 			return
@@ -417,10 +439,9 @@ func (s *soak) listen(n int) (*Group, error) {
 func (st *seat) join(g *Group) {
 	st.group = g
 	for _, l := range g.Listeners() {
-		m := &soaked{Listener: l, none: true}
-		m.cond.L = &m.mu
+		m := newSoaked(l)
 		st.members = append(st.members, m)
-		for range 1 + len(g.members)%2 {
+		for range max(st.s.loops, 1+len(g.members)%2) {
 			st.loops.Add(1)
 			go func() {
 				defer st.loops.Done()
@@ -627,7 +648,7 @@ func TestSoak(t *testing.T) {
 		}
 		var sum totals
 		steered := make(map[Steering]int)
-		soakRounds(t, limit(2*time.Second), func(seed uint64) {
+		soakRounds(t, limit(2*time.Second), 1, func(seed uint64) {
 			r := rand.New(rand.NewPCG(seed, 0))
 			s := &soak{t: t, m: m, e: usable[r.IntN(len(usable))], steering: steerings[r.IntN(len(steerings))]}
 			plan := planMembers(r)

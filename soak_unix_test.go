@@ -476,7 +476,7 @@ func TestHandoffSoak(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		var sum totals
 		kills, accepted := 0, 0
-		soakRounds(t, limit(5*time.Second), func(seed uint64) {
+		soakRounds(t, limit(5*time.Second), 1, func(seed uint64) {
 			plan := planProcesses(rand.New(rand.NewPCG(seed, 1)))
 			ps := &processes{t: t, died: make(map[int][]time.Time),
 				job: serverJob{Path: handoffPath(t), Network: "tcp4", Address: "127.0.0.1:0", Dispatcher: dispatcher}}

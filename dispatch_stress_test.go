@@ -1,0 +1,220 @@
+package lblisten
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A token is a connection that can be told from all others.
+type token struct {
+	net.Conn
+	from   addressedConn
+	number int
+}
+
+func (c *token) LocalAddr() net.Addr  { return c.from.local }
+func (c *token) RemoteAddr() net.Addr { return c.from.remote }
+func (c *token) Close() error         { panic(fmt.Sprintf("connection %d is closed by the package", c.number)) }
+
+// patient is conns without deadlines.
+type patient struct{ *acceptor }
+
+func (patient) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+
+// Few members with many Accepts each, whose deadlines come and go, and all of
+// which but one close: each connection of the listener comes out of exactly one
+// Accept, no Accept returns one after its deadline, none hangs, and all that may
+// be told of an error that passes is one. What the leader alone does without a
+// lock is in doubt in every one of these.
+func TestDispatchStress(t *testing.T) {
+	for _, listener := range []string{"interruptible", "uninterruptible"} {
+		for _, s := range []Steering{SteerFlow, SteerSource, SteerLoad} {
+			for _, members := range []int{1, 2, 4} {
+				t.Run(fmt.Sprintf("%s, %v, %d", listener, s, members), func(t *testing.T) {
+					noLeaks(t)
+					defer set(&retryAfter, 5*time.Millisecond)()
+					soakRounds(t, limit(120*time.Millisecond), 18, func(seed uint64) {
+						a := newAcceptor()
+						var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
+						if listener == "uninterruptible" {
+							ln = patient{a}
+						}
+						stressDispatch(t, seed, ln, a, s, members)
+					})
+				})
+			}
+		}
+	}
+}
+
+func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, steering Steering, members int) {
+	r := rand.New(rand.NewPCG(seed, 2))
+	st := &soak{t: t}
+	tokens := 200 + r.IntN(2000)
+	returned := make([]atomic.Int32, tokens)
+	var last atomic.Int32
+	st.got = func(c net.Conn) {
+		if returned[c.(*token).number].Add(1) != 1 {
+			st.errorf("a connection was returned twice")
+		}
+		last.Add(1)
+	}
+	st.passing = func(err error) bool { return errors.Is(err, outOfFiles{}) }
+	g, ls := dispatchTest(t, ln, members, WithSteering(steering))
+	var all []*soaked
+	for _, l := range ls {
+		m := newSoaked(l)
+		all = append(all, m)
+		for range []int{1, 1, 2, 16}[r.IntN(4)] {
+			st.open.Add(1)
+			go func() {
+				defer st.open.Done()
+				st.loop(m)
+			}()
+		}
+	}
+
+	// Somebody who sets deadlines, closes, and asks, and somebody who connects.
+	fed := make(chan error, 1)
+	feeder := rand.New(rand.NewPCG(seed, 3))
+	go func() {
+		for i := range tokens {
+			c := &token{number: i, from: flow(fmt.Sprintf("192.0.2.%d", feeder.IntN(64)), i)}
+			late := time.After(limit(20 * time.Second))
+			if feeder.IntN(100) == 0 {
+				select {
+				case a.errs <- outOfFiles{}:
+				case <-late:
+				}
+			}
+			select {
+			case a.conns <- c:
+			case <-late:
+				fed <- fmt.Errorf("nobody asks for connection %d of %d", i, tokens)
+				return
+			}
+			if feeder.IntN(8) == 0 {
+				time.Sleep(time.Duration(feeder.IntN(100)) * time.Microsecond)
+			}
+		}
+		fed <- nil
+	}()
+	var err error
+	for fedAll := false; !fedAll; {
+		select {
+		case err = <-fed:
+			fedAll = true
+		default:
+			i := r.IntN(len(all))
+			m := all[i]
+			switch what := r.IntN(12); {
+			case m.closed:
+			case what < 3:
+				st.check(m.setDeadline(longAgo, true, false))
+			case what < 5:
+				st.check(m.setDeadline(time.Now().Add(time.Duration(r.IntN(200))*time.Microsecond), false, false))
+			case what < 9:
+				st.check(m.setDeadline(time.Time{}, false, true))
+			case what < 10:
+				m.Stats()
+				g.Info()
+			case i > 0 && r.IntN(20) == 0: // the first one stays
+				m.closed = true
+				m.change(func() { m.done = true })
+				st.check(m.Close())
+			}
+			if r.IntN(4) == 0 {
+				runtime.Gosched()
+			}
+		}
+	}
+	require.NoError(t, err, "seed %d", seed)
+	for _, m := range all {
+		if !m.closed {
+			st.check(m.setDeadline(time.Time{}, false, true))
+		}
+	}
+	require.Eventually(t, func() bool { return int(last.Load()) >= tokens }, limit(20*time.Second), time.Millisecond,
+		"seed %d: %d connections of %d came out", seed, &last, tokens)
+	for _, m := range all {
+		m.change(func() { m.done = true })
+	}
+	require.NoError(t, g.Close())
+	ended := make(chan struct{})
+	go func() {
+		st.open.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(limit(20 * time.Second)):
+		buf := make([]byte, 1<<20)
+		t.Fatalf("seed %d: an Accept hangs\n%s", seed, buf[:runtime.Stack(buf, true)])
+	}
+	require.NoError(t, errors.Join(st.errs...), "seed %d", seed)
+	d := g.g.d
+	require.Zero(t, d.holding.Load(), "seed %d", seed)
+	require.Zero(t, d.loose.Load(), "seed %d", seed)
+	var accepted uint64
+	for _, l := range ls {
+		accepted += l.Stats().Accepted
+	}
+	require.EqualValues(t, tokens, accepted, "seed %d", seed)
+	for _, l := range ls {
+		require.Empty(t, l.waiters, "seed %d", seed)
+		require.Zero(t, l.since.Load(), "seed %d", seed)
+	}
+	require.Empty(t, d.leader.message, "seed %d", seed)
+}
+
+// The same on a socket, where members join too.
+func TestDispatchStressOnSocket(t *testing.T) {
+	noLeaks(t)
+	defer set(&retryAfter, time.Hour)()
+	for _, steering := range []Steering{SteerFlow, SteerSource, SteerLoad} {
+		t.Run(steering.String(), func(t *testing.T) {
+			var sum totals
+			soakRounds(t, limit(500*time.Millisecond), 3, func(seed uint64) {
+				r := rand.New(rand.NewPCG(seed, 4))
+				s := &soak{t: t, m: modes[1], e: endpoints[0], steering: steering, loops: 16}
+				plan := []operation{{do: "join", n: 1 + r.IntN(2)}, {do: "load", n: 1 + r.IntN(6)}}
+				timed, taken := [2]bool{}, false
+				for range 100 {
+					o := operation{wait: time.Duration(r.IntN(300)) * time.Microsecond}
+					switch what := r.IntN(10); {
+					case what < 2 && !taken:
+						o.do, o.on, o.n, taken = "join", 1, 1, true
+					case what < 2:
+						o.do, o.on, taken, timed[1] = "close", 1, false, false
+					default:
+						if taken {
+							o.on = r.IntN(2)
+						}
+						o.do, o.n = []string{"deadline past", "deadline soon"}[r.IntN(2)], 1+r.IntN(300)
+						if timed[o.on] {
+							o.do = "deadline off"
+						}
+						timed[o.on] = !timed[o.on]
+					}
+					plan = append(plan, o)
+				}
+				plan = append(plan, operation{do: "deadline off"}, operation{do: "end"}, operation{do: "begin again", n: 2})
+				var err error
+				s.history.watch(seed, func() { err = s.run(seed, plan) })
+				sum.add(&s.clients, len(plan))
+				if err != nil {
+					t.Errorf("seed %d: %v\nafter\n%s", seed, err, &s.history)
+				}
+			})
+			t.Log(&sum)
+		})
+	}
+}
