@@ -47,7 +47,7 @@ func TestDispatchStress(t *testing.T) {
 					noLeaks(t)
 					defer func(d time.Duration) { retryAfter = d }(retryAfter)
 					retryAfter = 5 * time.Millisecond
-					soakRounds(t, limit(120*time.Millisecond), 18, func(seed uint64) {
+					soakRounds(t, limit(100*time.Millisecond), 18, func(seed uint64) {
 						a := newAcceptor()
 						var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
 						if listener == "uninterruptible" {
@@ -63,8 +63,8 @@ func TestDispatchStress(t *testing.T) {
 
 func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, steering Steering, members int) {
 	r := rand.New(rand.NewPCG(seed, 2))
-	st := &soak{t: t}
-	tokens := 200 + r.IntN(2000)
+	st := &soak{t: t, nap: 10 * time.Microsecond}
+	tokens := count(100+r.IntN(600), 20)
 	returned := make([]atomic.Int32, tokens)
 	var last atomic.Int32
 	st.got = func(c net.Conn) {
@@ -137,8 +137,8 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 				m.change(func() { m.done = true })
 				st.check(m.Close())
 			}
-			if r.IntN(4) == 0 {
-				runtime.Gosched()
+			if r.IntN(2) == 0 {
+				time.Sleep(time.Duration(r.IntN(40)) * time.Microsecond)
 			}
 		}
 	}
@@ -191,7 +191,7 @@ func TestDispatchStressOnSocket(t *testing.T) {
 			var sum totals
 			soakRounds(t, limit(500*time.Millisecond), 3, func(seed uint64) {
 				r := rand.New(rand.NewPCG(seed, 4))
-				s := &soak{t: t, m: modes[1], e: endpoints[0], steering: steering, loops: 16}
+				s := &soak{t: t, nap: 10 * time.Microsecond, m: modes[1], e: endpoints[0], steering: steering, loops: 16}
 				plan := []operation{{do: "join", n: 1 + r.IntN(2)}, {do: "load", n: 1 + r.IntN(6)}}
 				timed, taken := [2]bool{}, false
 				for range 100 {

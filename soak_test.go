@@ -306,6 +306,7 @@ type soak struct {
 	e        endpoint
 	steering Steering
 	loops    int                  // of each member; 0: one or two
+	nap      time.Duration        // after a deadline
 	got      func(c net.Conn)     // takes what Accept returns; nil: it is answered
 	passing  func(err error) bool // whether Accept may return it; nil: it may not
 	addr     atomic.Pointer[net.Addr]
@@ -420,9 +421,7 @@ func (s *soak) loop(m *soaked) {
 			if same && none {
 				s.errorf("Accept timed out without a deadline")
 			}
-			if s.got == nil {
-				time.Sleep(100 * time.Microsecond)
-			}
+			time.Sleep(s.nap)
 		default:
 			s.errorf("Accept: %w", err)
 			return
@@ -650,7 +649,7 @@ func TestSoak(t *testing.T) {
 		steered := make(map[Steering]int)
 		soakRounds(t, limit(2*time.Second), 1, func(seed uint64) {
 			r := rand.New(rand.NewPCG(seed, 0))
-			s := &soak{t: t, m: m, e: usable[r.IntN(len(usable))], steering: steerings[r.IntN(len(steerings))]}
+			s := &soak{t: t, nap: 100 * time.Microsecond, m: m, e: usable[r.IntN(len(usable))], steering: steerings[r.IntN(len(steerings))]}
 			plan := planMembers(r)
 			var err error
 			s.history.watch(seed, func() { err = s.run(seed, plan) })
