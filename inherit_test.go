@@ -2,8 +2,6 @@ package lblisten
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -260,105 +258,6 @@ func TestOwnAndSharedAreBothServed(t *testing.T) {
 	for range len(clients) - 20 {
 		acceptWithin(t, ls[0])
 	}
-}
-
-// Members of one address join, accept, set deadlines and close from many
-// goroutines, while clients dial: each client is served, each Accept returns what
-// its contract says, and nobody is overlooked, although what would help in the
-// end (a second look after retryAfter) is switched off.
-func TestChurn(t *testing.T) {
-	defer func(d time.Duration) { retryAfter = d }(retryAfter)
-	retryAfter = time.Hour
-	inModes(t, func(t *testing.T, m mode) {
-		var wg sync.WaitGroup
-		var accepted atomic.Int64
-		g, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", m.opt)
-		wg.Add(1)
-		go echo(&wg, ls[0], &accepted)
-
-		var churn sync.WaitGroup
-		var closes atomic.Int64
-		d := startLoad(6, "tcp", g.Addr().String())
-		until := time.Now().Add(churnTime())
-		for range 4 {
-			churn.Add(1)
-			go func() {
-				defer churn.Done()
-				for time.Now().Before(until) {
-					if err := oneLife(g.Addr(), m.opt, &wg, &accepted); err != nil {
-						t.Error(err)
-						return
-					}
-					closes.Add(1)
-				}
-			}()
-		}
-		churn.Wait()
-		d.end(t, true)
-		require.NoError(t, g.Close())
-		wg.Wait()
-		t.Logf("%d members came and went", closes.Load())
-		require.GreaterOrEqual(t, accepted.Load(), d.served.Load())
-	})
-}
-
-// churnTime is how long TestChurn goes on: LBLISTEN_TEST_CHURN, default 1.5s.
-func churnTime() time.Duration {
-	if d, err := time.ParseDuration(os.Getenv("LBLISTEN_TEST_CHURN")); err == nil {
-		return d
-	}
-	return limit(1500 * time.Millisecond)
-}
-
-// oneLife is that of a member: it joins, two goroutines accept, it may have a
-// deadline for a moment, and it closes.
-func oneLife(addr net.Addr, opt Option, wg *sync.WaitGroup, accepted *atomic.Int64) error {
-	ln, err := Listen("tcp", addr.String(), opt)
-	if err != nil {
-		return err
-	}
-	l := ln.(*Listener)
-	deadline := rand.IntN(4) == 0
-	var mine sync.WaitGroup
-	errs := make(chan error, 2)
-	for range 2 {
-		mine.Add(1)
-		go func() {
-			defer mine.Done()
-			for {
-				c, err := l.Accept()
-				switch {
-				case err == nil:
-					accepted.Add(1)
-					wg.Add(1)
-					go func() {
-						defer wg.Done()
-						echoConn(c)
-					}()
-				case errors.Is(err, net.ErrClosed):
-					return
-				case !deadline || !errors.Is(err, os.ErrDeadlineExceeded):
-					errs <- fmt.Errorf("accept: %w", err)
-					return
-				}
-			}
-		}()
-	}
-	if deadline {
-		l.SetDeadline(time.Now().Add(time.Duration(rand.IntN(300)) * time.Microsecond))
-		time.Sleep(time.Duration(rand.IntN(500)) * time.Microsecond)
-		l.SetDeadline(time.Time{})
-	}
-	if rand.IntN(2) == 0 {
-		time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond)
-	}
-	err = l.Close()
-	mine.Wait()
-	select {
-	case err = <-errs:
-	default:
-	}
-	return err
 }
 
 // A member that is kicked just as it closes passes the kick on. With two

@@ -264,6 +264,8 @@ func planMembers(r *rand.Rand) (plan []operation) {
 			add("burst", 0, 1+r.IntN(count(40, 5)))
 		case what < 4:
 			add("reset", 0, 1+r.IntN(5))
+		case !taken[on] && r.IntN(2) == 0:
+			add("lives", on, count(1+r.IntN(60), 1)) // one after the other
 		case !taken[on]:
 			add("join", on, 1+r.IntN(3))
 			taken[on] = true
@@ -314,6 +316,7 @@ type soak struct {
 	history  history
 	accepted atomic.Int64 // by Accept
 	counted  atomic.Int64 // by Stats
+	lives    atomic.Int64 // of members that came and went at once
 	answered sync.Map     // number of a client: how often
 	open     sync.WaitGroup
 
@@ -473,6 +476,17 @@ func (st *seat) obey(o operation) {
 			return
 		}
 		st.join(g)
+		return
+	case "lives":
+		for i := range o.n {
+			st.obey(operation{do: "join", n: 1 + i%2})
+			if i%4 == 0 {
+				st.obey(operation{do: "deadline soon", n: 1 + i*7})
+				st.obey(operation{do: "deadline off"})
+			}
+			st.obey(operation{do: "close"})
+			s.lives.Add(1)
+		}
 		return
 	}
 	if st.group == nil {
@@ -647,6 +661,7 @@ func TestSoak(t *testing.T) {
 		}
 		var sum totals
 		steered := make(map[Steering]int)
+		lives := int64(0)
 		soakRounds(t, limit(2*time.Second), 1, func(seed uint64) {
 			r := rand.New(rand.NewPCG(seed, 0))
 			s := &soak{t: t, nap: 100 * time.Microsecond, m: m, e: usable[r.IntN(len(usable))], steering: steerings[r.IntN(len(steerings))]}
@@ -654,11 +669,12 @@ func TestSoak(t *testing.T) {
 			var err error
 			s.history.watch(seed, func() { err = s.run(seed, plan) })
 			steered[s.steering]++
+			lives += s.lives.Load()
 			sum.add(&s.clients, len(plan))
 			if err != nil {
 				t.Errorf("seed %d (%s, steering by %v): %v\nafter\n%s", seed, s.e.name, s.steering, err, &s.history)
 			}
 		})
-		t.Logf("%v; rounds by steering: %v", &sum, steered)
+		t.Logf("%v; %d members came and went at once; rounds by steering: %v", &sum, lives, steered)
 	})
 }
