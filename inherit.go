@@ -323,12 +323,13 @@ func (w *watch) take() (*net.TCPConn, error) {
 		w.g.ready.Add(-1)
 		w.rearm <- struct{}{}
 	}
+	restore := w.s.restore // who adopts the socket sets it, once the token is never given back
 	w.token.Unlock()
 	if more && err == nil {
 		w.offer()
 	}
-	if c != nil && w.s.restore != nil {
-		w.s.restore(c)
+	if c != nil && restore != nil {
+		restore(c)
 	}
 	return c, err
 }
