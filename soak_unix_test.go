@@ -459,6 +459,9 @@ func (ps *processes) run(plan []operation) error {
 	for _, s := range ps.ended {
 		s.in.Close()
 		s.wait()
+		if state := s.cmd.ProcessState; state.Exited() && !state.Success() {
+			return fmt.Errorf("a server ended with %v", state) // a race, or a panic
+		}
 	}
 	if n := ps.clients.lost.Load(); n > 0 {
 		return fmt.Errorf("%d clients are lost, the first: %w", n, *ps.clients.firstErr.Load())
