@@ -312,9 +312,8 @@ func (k *kernelSteering) strangers() (int, error) {
 // address, in this network namespace.
 func listeningOn(a *net.TCPAddr, v6 bool) ([]uint32, error) {
 	const (
-		msgLen  = 16 + 56 // struct nlmsghdr, struct inet_diag_req_v2
-		diagLen = 72      // struct inet_diag_msg
-		listen  = 10      // TCP_LISTEN
+		msgLen = 16 + 56 // struct nlmsghdr, struct inet_diag_req_v2
+		listen = 10      // TCP_LISTEN
 	)
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
@@ -336,7 +335,6 @@ func listeningOn(a *net.TCPAddr, v6 bool) ([]uint32, error) {
 	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, os.NewSyscallError("sendto NETLINK_SOCK_DIAG", err)
 	}
-	want, _ := netip.AddrFromSlice(a.IP)
 	var inodes []uint32
 	buf := make([]byte, 1<<16)
 	for {
@@ -347,31 +345,50 @@ func listeningOn(a *net.TCPAddr, v6 bool) ([]uint32, error) {
 		if err != nil {
 			return nil, os.NewSyscallError("recvfrom NETLINK_SOCK_DIAG", err)
 		}
-		for b := buf[:n]; len(b) >= 16; {
-			length := int(binary.NativeEndian.Uint32(b))
-			if length < 16 || length > len(b) {
-				return nil, errors.New("sock_diag: a message is cut off")
-			}
-			switch binary.NativeEndian.Uint16(b[4:]) {
-			case unix.NLMSG_DONE:
-				return inodes, nil
-			case unix.NLMSG_ERROR:
-				return nil, fmt.Errorf("sock_diag: %w", unix.Errno(-int32(binary.NativeEndian.Uint32(b[16:]))))
-			}
-			if m := b[16:length]; len(m) >= diagLen && binary.BigEndian.Uint16(m[4:]) == uint16(a.Port) {
-				var src netip.Addr
-				if v6 {
-					src = netip.AddrFrom16([16]byte(m[8:24]))
-				} else {
-					src = netip.AddrFrom4([4]byte(m[8:12]))
-				}
-				if src.Unmap() == want.Unmap() || src.IsUnspecified() && want.IsUnspecified() {
-					inodes = append(inodes, binary.NativeEndian.Uint32(m[68:]))
-				}
-			}
-			b = b[min(len(b), (length+3)&^3):]
+		some, done, err := parseDiag(buf[:n], a, v6)
+		if err != nil {
+			return nil, err
+		}
+		inodes = append(inodes, some...)
+		if done {
+			return inodes, nil
 		}
 	}
+}
+
+// parseDiag returns the inodes of the sockets that are bound to an address, of
+// all that a datagram of sock_diag tells of, and whether it was the last one.
+func parseDiag(b []byte, a *net.TCPAddr, v6 bool) (inodes []uint32, done bool, err error) {
+	const diagLen = 72 // struct inet_diag_msg
+	want, _ := netip.AddrFromSlice(a.IP)
+	for len(b) >= unix.NLMSG_HDRLEN {
+		length := int(binary.NativeEndian.Uint32(b))
+		if length < unix.NLMSG_HDRLEN || length > len(b) {
+			return nil, false, errors.New("sock_diag: a message is cut off")
+		}
+		m := b[unix.NLMSG_HDRLEN:length]
+		switch kind := binary.NativeEndian.Uint16(b[4:]); {
+		case kind == unix.NLMSG_DONE:
+			return inodes, true, nil
+		case kind == unix.NLMSG_ERROR && len(m) < 4:
+			return nil, false, errors.New("sock_diag: an error is cut off")
+		case kind == unix.NLMSG_ERROR:
+			return nil, false, fmt.Errorf("sock_diag: %w", unix.Errno(-int32(binary.NativeEndian.Uint32(m))))
+		}
+		if len(m) >= diagLen && binary.BigEndian.Uint16(m[4:]) == uint16(a.Port) {
+			var src netip.Addr
+			if v6 {
+				src = netip.AddrFrom16([16]byte(m[8:24]))
+			} else {
+				src = netip.AddrFrom4([4]byte(m[8:12]))
+			}
+			if src.Unmap() == want.Unmap() || src.IsUnspecified() && want.IsUnspecified() {
+				inodes = append(inodes, binary.NativeEndian.Uint32(m[68:]))
+			}
+		}
+		b = b[min(len(b), (length+3)&^3):]
+	}
+	return inodes, false, nil
 }
 
 // A steerTable is what the steering program with maps looks up, and the program.
