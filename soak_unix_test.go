@@ -185,7 +185,7 @@ func (s *soakServer) goOn() {
 const soakProcesses = 5
 
 // planProcesses is the plan of a round with processes. At any time one lives that
-// isn't about to end. While one is stopped nobody starts or ends.
+// isn't about to end. While one is stopped nobody starts.
 func planProcesses(r *rand.Rand) (plan []operation) {
 	var lives, held [soakProcesses]bool
 	add := func(do string, on, n int) {
@@ -207,6 +207,7 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 		}
 		return n
 	}
+	ends := []string{"kill", "kill", "kill held", "terminate", "close", "close"}
 	start(0)
 	start(1)
 	add("load", 0, 1+r.IntN(5))
@@ -235,6 +236,11 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 			for range r.IntN(4) {
 				add("burst", 0, 1+r.IntN(count(60, 5)))
 			}
+			if other := r.IntN(soakProcesses); other != on && lives[other] && living() > 2 && r.IntN(2) == 0 {
+				add("if it may: "+ends[r.IntN(len(ends))], other, 0)
+				lives[other] = false // or not: then it isn't started again
+				add("burst", 0, 1+r.IntN(count(60, 5)))
+			}
 			if living() > 1 && r.IntN(4) == 0 {
 				add("kill", on, 0)
 				lives[on] = false
@@ -242,10 +248,10 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 				plan = append(plan, operation{"continue", on, 0, limit(time.Duration(r.IntN(most)) * time.Millisecond)})
 			}
 		case living() > 1:
-			ends := []string{"kill", "kill", "kill held", "terminate", "close", "close"}
 			add(ends[r.IntN(len(ends))], on, 0)
 			lives[on] = false
 			if other := r.IntN(soakProcesses); lives[other] && living() > 1 && r.IntN(2) == 0 {
+				plan[len(plan)-1].n = 1 + other
 				add("together: "+ends[r.IntN(len(ends))], other, 0) // without waiting for anything
 				lives[other] = false
 			}
@@ -294,7 +300,7 @@ func (ps *processes) start(o operation) {
 }
 
 // end ends a process: what it leaves must come out of another one.
-func (ps *processes) end(how string, on int) {
+func (ps *processes) end(how string, on int, stopped bool) {
 	s := ps.servers[on]
 	ps.servers[on] = nil
 	ps.ended = append(ps.ended, s)
@@ -306,10 +312,15 @@ func (ps *processes) end(how string, on int) {
 		s.ask("hold")
 	case "kill":
 		if runtime.GOOS != "linux" {
+			if stopped {
+				s.signal(syscall.SIGCONT)
+			}
 			s.ask("hold")
 			break
 		}
-		ps.stop(s)
+		if !stopped {
+			ps.stop(s)
+		}
 		ports, err := clientsOf(s.cmd.Process.Pid, portOf(ps.job.Address))
 		require.NoError(ps.t, err)
 		ps.mu.Lock()
@@ -329,9 +340,6 @@ func (ps *processes) end(how string, on int) {
 
 // stop stops a process, and returns when all its threads stand still.
 func (ps *processes) stop(s *server) {
-	if ps.stopped == s {
-		return
-	}
 	s.signal(syscall.SIGSTOP)
 	var status unix.WaitStatus
 	_, err := unix.Wait4(s.cmd.Process.Pid, &status, unix.WUNTRACED, nil)
@@ -404,7 +412,9 @@ func (ps *processes) obey(o operation) {
 	s := ps.servers[o.on]
 	switch o.do {
 	case "start":
-		ps.start(o)
+		if s == nil {
+			ps.start(o)
+		}
 	case "stop":
 		ps.stop(s)
 		ps.stopped = s
@@ -416,16 +426,22 @@ func (ps *processes) obey(o operation) {
 		require.Empty(ps.t, r.Err, o.do)
 	default:
 		how, together := strings.CutPrefix(o.do, "together: ")
-		if !together && ps.stopped == nil {
-			// What Info promises holds from here on, and so it does for who goes next.
-			for _, s := range ps.servers {
-				if s != nil {
-					s.becomes(isHandedOff)
-				}
+		how, may := strings.CutPrefix(how, "if it may: ")
+		switch {
+		case may && !isHandedOff(s.ask("report")):
+			return // the hub is stopped
+		case !together && !may && ps.stopped != s:
+			// What Info promises holds from here on, for who goes next too.
+			s.becomes(isHandedOff)
+			if o.n > 0 {
+				ps.servers[o.n-1].becomes(isHandedOff)
 			}
 		}
-		ps.end(how, o.on)
-		ps.stopped = nil
+		stopped := ps.stopped == s
+		if stopped {
+			ps.stopped = nil
+		}
+		ps.end(how, o.on, stopped)
 	}
 }
 
@@ -453,7 +469,7 @@ func (ps *processes) run(plan []operation) error {
 	ps.clients.wait()
 	for on, s := range ps.servers {
 		if s != nil {
-			ps.end("close", on)
+			ps.end("close", on, false)
 		}
 	}
 	for _, s := range ps.ended {
