@@ -44,7 +44,8 @@ type kernelSteering struct {
 	tried bool        // to get a table, by flow
 	moved bool        // a stranger was in the kernel's group: the mirror is worth nothing
 
-	mirror struct {
+	retiring sync.Mutex // held while a socket is retired; comes before group.mu
+	mirror   struct {
 		sync.Mutex // held over bind, listen and close of the group's sockets
 		order      []*socket
 	}
@@ -205,21 +206,27 @@ func onSocket(s *socket, f func(fd int) error) error {
 // when they have been quiet for long enough. It is called once a second, without
 // a lock.
 func (k *kernelSteering) retire() {
-	for {
-		w := k.takeQuiet()
-		if w == nil {
-			return
-		}
-		w.stop()
-		k.mirror.Lock()
-		w.s.ln.Close()
-		k.removed(w.s)
-		k.mirror.Unlock()
+	for k.retireOne() {
 		log(k.g.log, "the socket of a closed member is quiet and was closed", "address", k.g.addr)
 		k.g.mu.Lock()
 		k.steer()
 		k.g.mu.Unlock()
 	}
+}
+
+func (k *kernelSteering) retireOne() bool {
+	k.retiring.Lock()
+	defer k.retiring.Unlock()
+	w := k.takeQuiet()
+	if w == nil {
+		return false
+	}
+	w.stop()
+	k.mirror.Lock()
+	defer k.mirror.Unlock()
+	w.s.ln.Close()
+	k.removed(w.s)
+	return true
 }
 
 // takeQuiet takes a socket out of the group that can be closed without anything
@@ -653,8 +660,11 @@ func (k *kernelSteering) inForce() (s Steering, why, wont error) {
 	return k.g.steering, nil, wont
 }
 
-// close ends everything, when the sockets are closed.
+// close ends everything, when the sockets are closed. One that is retired at this
+// moment isn't in the group any more.
 func (k *kernelSteering) close() {
+	k.retiring.Lock()
+	defer k.retiring.Unlock()
 	k.g.mu.Lock()
 	started := k.sampler.started
 	k.g.mu.Unlock()

@@ -1,6 +1,7 @@
 package lblisten
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -535,4 +536,44 @@ func TestSurplusSocketsAreRetired(t *testing.T) {
 			wg.Wait()
 		})
 	}
+}
+
+// When the last Close returns, nobody listens: it waits for a socket that is being
+// retired.
+func TestLastCloseWaitsForRetiring(t *testing.T) {
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
+	require.NoError(t, ls[1].Close())
+	k := g.g.k
+	g.g.mu.Lock()
+	w := (*g.g.shared.Load())[0]
+	k.steer()
+	k.since = k.since.Add(-retireAfter)
+	w.used.Store(0)
+	g.g.mu.Unlock()
+	w.token.Lock() // as who looks into it
+	retired := make(chan struct{})
+	go func() {
+		defer close(retired)
+		k.retire()
+	}()
+	require.Eventually(t, func() bool { return len(*g.g.shared.Load()) == 0 }, limit(5*time.Second), time.Millisecond)
+	dialled := make(chan error)
+	go func() {
+		err := ls[0].Close()
+		c, derr := dialOnce("tcp", g.Addr().String())
+		if derr == nil {
+			c.Close()
+		}
+		dialled <- cmp.Or(err, derr)
+	}()
+	select {
+	case err := <-dialled:
+		w.token.Unlock()
+		require.ErrorIs(t, err, unix.ECONNREFUSED)
+	case <-time.After(50 * time.Millisecond):
+		w.token.Unlock()
+		require.ErrorIs(t, <-dialled, unix.ECONNREFUSED)
+	}
+	<-retired
 }
