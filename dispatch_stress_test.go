@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"runtime"
 	"sync/atomic"
 	"testing"
@@ -73,7 +74,14 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 		}
 		last.Add(1)
 	}
-	st.passing = func(err error) bool { return errors.Is(err, outOfFiles{}) }
+	var passed atomic.Int32
+	st.passing = func(err error) bool {
+		if !errors.Is(err, outOfFiles{}) {
+			return false
+		}
+		passed.Add(1)
+		return true
+	}
 	g, ls := dispatchTest(t, ln, members, WithSteering(steering))
 	var all []*soaked
 	for _, l := range ls {
@@ -89,6 +97,8 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 	}
 
 	// Somebody who sets deadlines, closes, and asks, and somebody who connects.
+	calm := r.IntN(4) == 0 // without deadlines and closes: each error that passes reaches an Accept
+	failed := 0
 	fed := make(chan error, 1)
 	feeder := rand.New(rand.NewPCG(seed, 3))
 	go func() {
@@ -98,6 +108,7 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 			if feeder.IntN(100) == 0 {
 				select {
 				case a.errs <- outOfFiles{}:
+					failed++
 				case <-late:
 				}
 			}
@@ -123,6 +134,8 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 			m := all[i]
 			switch what := r.IntN(12); {
 			case m.closed:
+			case calm:
+				m.Stats()
 			case what < 3:
 				st.check(m.setDeadline(longAgo, true, false))
 			case what < 5:
@@ -166,6 +179,10 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 		t.Fatalf("seed %d: an Accept hangs\n%s", seed, buf[:runtime.Stack(buf, true)])
 	}
 	require.NoError(t, errors.Join(st.errs...), "seed %d", seed)
+	require.LessOrEqual(t, int(passed.Load()), failed, "seed %d: an error reached several", seed)
+	if calm {
+		require.EqualValues(t, failed, passed.Load(), "seed %d: an error reached nobody", seed)
+	}
 	d := g.g.d
 	require.Zero(t, d.holding.Load(), "seed %d", seed)
 	require.Zero(t, d.loose.Load(), "seed %d", seed)
@@ -179,6 +196,72 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 		require.Zero(t, l.since.Load(), "seed %d", seed)
 	}
 	require.Empty(t, d.leader.message, "seed %d", seed)
+}
+
+// A few Accepts, none of which is followed by another one, so that nobody comes
+// who would make good what was forgotten: each returns, with the lead going
+// through all of them, although the one or the other times out.
+func TestDispatchOneAcceptEach(t *testing.T) {
+	for _, listener := range []string{"interruptible", "uninterruptible"} {
+		for _, s := range []Steering{SteerFlow, SteerSource, SteerLoad} {
+			t.Run(listener+", "+s.String(), func(t *testing.T) {
+				noLeaks(t)
+				defer func(d time.Duration) { retryAfter = d }(retryAfter)
+				retryAfter = time.Hour
+				a := newAcceptor()
+				var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
+				if listener == "uninterruptible" {
+					ln = patient{a}
+				}
+				g, ls := dispatchTest(t, ln, 2, WithSteering(s))
+				fed, got, timeouts := 0, 0, 0
+				soakRounds(t, limit(200*time.Millisecond), 6, func(seed uint64) {
+					r := rand.New(rand.NewPCG(seed, 5))
+					n := 2 + r.IntN(3)
+					results := make(chan result, n)
+					for i := range n {
+						l, yields, deadline := ls[r.IntN(2)], r.IntN(4), i > 0 && r.IntN(8) == 0
+						go func() {
+							for range yields {
+								runtime.Gosched()
+							}
+							if deadline {
+								l.SetDeadline(longAgo)
+								l.SetDeadline(time.Time{})
+							}
+							c, err := l.Accept()
+							results <- result{c, err}
+						}()
+					}
+					late := time.After(limit(20 * time.Second))
+					for n > 0 {
+						c := &token{from: flow(fmt.Sprintf("192.0.2.%d", r.IntN(64)), fed)}
+						select {
+						case a.conns <- c:
+							fed++
+						case r := <-results:
+							n--
+							if r.err == nil {
+								got++
+							} else if timeouts++; !errors.Is(r.err, os.ErrDeadlineExceeded) {
+								t.Errorf("Accept: %v", r.err)
+							}
+						case <-late:
+							buf := make([]byte, 1<<20)
+							t.Fatalf("seed %d: %d Accepts hang\n%s", seed, n, buf[:runtime.Stack(buf, true)])
+						}
+					}
+				})
+				for fed > got { // one came too late, or is held
+					_, err := acceptBy(ls[got%2], limit(10*time.Second))
+					require.NoError(t, err)
+					got++
+				}
+				require.NoError(t, g.Close())
+				t.Logf("%d connections, %d timeouts", got, timeouts)
+			})
+		}
+	}
 }
 
 // The same on a socket, where members join too.
