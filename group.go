@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -210,7 +211,7 @@ func resolve(ctx context.Context, network, address string) (at place, noKernel e
 	if err != nil {
 		return at, nil, listenError(network, address, err)
 	}
-	at = place{network: family, host: host}
+	at = place{network: family, host: spellZone(host)}
 	if at.port, err = strconv.Atoi(port); err != nil {
 		return at, nil, listenError(network, address, err)
 	}
@@ -221,6 +222,24 @@ func resolve(ctx context.Context, network, address string) (at place, noKernel e
 		}
 	}
 	return at, noKernel, nil
+}
+
+// spellZone spells the zone of an address as Addr does: none but that of a
+// link-local address, where it counts, and that by name.
+func spellZone(host string) string {
+	ip, err := netip.ParseAddr(host)
+	if err != nil || ip.Zone() == "" {
+		return host
+	}
+	if !ip.IsLinkLocalUnicast() {
+		return ip.WithZone("").String()
+	}
+	if n, err := strconv.Atoi(ip.Zone()); err == nil {
+		if ifi, err := net.InterfaceByIndex(n); err == nil {
+			return ip.WithZone(ifi.Name).String()
+		}
+	}
+	return host
 }
 
 // canDispatch tells whether the dispatcher knows a steering.
