@@ -20,7 +20,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/net/http2"
-	"golang.org/x/net/nettest"
 )
 
 // testCertificate is good for 127.0.0.1, if nobody verifies it.
@@ -192,26 +191,5 @@ func TestHTTP2(t *testing.T) {
 		}
 		require.NoError(t, g.Close())
 		wg.Wait()
-	})
-}
-
-// Accepted connections are conforming net.Conns, those that were inherited too.
-func TestConformance(t *testing.T) {
-	inModes(t, func(t *testing.T, m mode) {
-		nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-			g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 2, m.opt)
-			if err != nil {
-				return nil, nil, nil, err
-			}
-			if c1, err = net.Dial("tcp", g.Addr().String()); err != nil {
-				return nil, nil, nil, err
-			}
-			ls := g.Listeners()
-			ls[0].Close()
-			if c2, err = ls[1].Accept(); err != nil {
-				return nil, nil, nil, err
-			}
-			return c1, c2, func() { c1.Close(); c2.Close(); g.Close() }, nil
-		})
 	})
 }
