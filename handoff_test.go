@@ -25,7 +25,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A server is a process with a handoff, as its parent sees it.
+// A server is a process with a handoff, or without one if its job has no path, as
+// its parent sees it.
 type server struct {
 	t     testing.TB
 	cmd   *exec.Cmd
@@ -48,7 +49,7 @@ type (
 		Address                 string
 		Hub                     bool
 		Members, Sockets        int
-		Inherited               int
+		Inherited, Accepted     int
 		OnClose, OnKill         Inheritance
 		Reason                  string
 		Goroutines, Descriptors int
@@ -66,7 +67,10 @@ func serverWorker() {
 	if job.Files > 0 {
 		must(setFileLimit(job.Files))
 	}
-	opts := []Option{WithHandoff(job.Path)}
+	opts := []Option{WithLB()}
+	if job.Path != "" {
+		opts = append(opts, WithHandoff(job.Path))
+	}
 	if job.Dispatcher {
 		opts = append(opts, WithDispatcher())
 	}
@@ -90,7 +94,7 @@ func serverWorker() {
 	}
 	report := func(begin time.Time) {
 		info, s := g.Info(), g.Stats()
-		r := serverReport{Address: g.Addr().String(), Members: info.Members, Sockets: info.Sockets, Inherited: int(s.Inherited), OnClose: info.OnClose, OnKill: info.OnKill,
+		r := serverReport{Address: g.Addr().String(), Members: info.Members, Sockets: info.Sockets, Inherited: int(s.Inherited), Accepted: int(s.Accepted), OnClose: info.OnClose, OnKill: info.OnKill,
 			Goroutines: runtime.NumGoroutine(), Descriptors: openDescriptors(), Took: time.Since(begin), Hub: isHub(job.Path)}
 		if info.Reason != nil {
 			r.Reason = info.Reason.Error()

@@ -173,7 +173,7 @@ func TestUnprivileged(t *testing.T) {
 	path := executable(t)
 	cmd := exec.Command(path, "-test.v", "-test.run="+strings.Join([]string{
 		"^TestSiblingInheritsQueue", "TestBlockedHeirIsWoken", "TestCloseInAnyOrder", "TestJoinAndLeaveUnderLoad",
-		"TestBalance", "TestConflicts", "TestHTTP", "TestUnixSocket", "TestSoak", "TestHandoff.*"}, "$|^"))
+		"TestBalance", "TestConflicts", "TestHTTP", "TestUnixSocket", "TestSoak", "TestHandoff.*", "TestConformance", "TestConn"}, "$|^"))
 	cmd.Dir = filepath.Dir(path)
 	cmd.Env = append(os.Environ(), "TMPDIR="+cmd.Dir, "HOME="+cmd.Dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
@@ -182,6 +182,11 @@ func TestUnprivileged(t *testing.T) {
 	require.Contains(t, string(out), "--- PASS: TestSiblingInheritsQueue/", "nothing was run: %s", out)
 	require.Contains(t, string(out), "--- PASS: TestHandoffExperiment", "nothing was run: %s", out)
 	require.NotContains(t, string(out), "TestUnprivileged runs it", "%s", out)
+	for _, line := range strings.Split(string(out), "\n") {
+		if _, tally, ok := strings.Cut(line, "conformance, "); ok {
+			t.Log("conformance, " + tally)
+		}
+	}
 	t.Logf("%d tests passed as uid %d", strings.Count(string(out), "--- PASS"), nobody)
 }
 
