@@ -271,6 +271,30 @@ func (t *trial) accept(ls ...*Listener) *crew {
 	return w
 }
 
+// pace waits until all of the crew wait, if the dispatcher balances: it goes by
+// who waits.
+func (w *crew) pace() {
+	w.t.Helper()
+	begin := time.Now()
+	for _, l := range w.members {
+		for !w.t.kernel() && !l.waits() {
+			require.Less(w.t, time.Since(begin), limit(10*time.Second), "a member doesn't wait")
+			time.Sleep(10 * time.Microsecond)
+		}
+	}
+}
+
+// dial connects n clients at this pace.
+func (w *crew) dial(a net.Addr, n int) []client {
+	w.t.Helper()
+	clients := make([]client, n)
+	for i := range clients {
+		w.pace()
+		clients[i] = w.t.client(dialTest(w.t, a), byte(i))
+	}
+	return clients
+}
+
 // waits tells whether an Accept of the member waits.
 func (l *Listener) waits() bool {
 	if l.ln != nil {
@@ -327,7 +351,7 @@ func evenSpread(e endpoint) func(t *trial) {
 		e.need(t)
 		ls := t.listen(e.network, e.listen, 8)
 		w := t.accept(ls...)
-		t.isSpread(w.end(t.dial(at(e.dial, ls[0]), count(256, 128))))
+		t.isSpread(w.end(w.dial(at(e.dial, ls[0]), count(256, 128))))
 	}
 }
 
@@ -354,6 +378,7 @@ func fromPorts(parity int) func(t *trial) {
 		var clients []client
 		for port := 12000 + 2*rand.IntN(4000) + parity; len(clients) < 128 && port < 32000; port += 2 {
 			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}, Timeout: limit(10 * time.Second)}
+			w.pace()
 			c, err := d.Dial("tcp", ls[0].Addr().String())
 			if err != nil {
 				require.True(t, isAddrInUse(err), "%v", err) // the next one
@@ -397,7 +422,7 @@ var conformance = []scenario{
 		t.only(canSetBacklog, "the backlog can't be set here")
 		ls := t.group(4, WithBacklog(100))
 		w := t.accept(ls...)
-		t.isSpread(w.end(t.dial(ls[0].Addr(), 128)))
+		t.isSpread(w.end(w.dial(ls[0].Addr(), 128)))
 	}},
 	{name: "a socket joins the kernel's group twice", do: func(t *trial) {
 		t.onlyKernel()
@@ -406,7 +431,7 @@ var conformance = []scenario{
 		}}
 		ls := t.group(4, WithListenConfig(twice))
 		w := t.accept(ls...)
-		t.isSpread(w.end(t.dial(ls[0].Addr(), 128)))
+		t.isSpread(w.end(w.dial(ls[0].Addr(), 128)))
 	}},
 	{name: "many join and close at once", do: func(t *trial) {
 		ls := t.group(2)
@@ -429,13 +454,12 @@ var conformance = []scenario{
 		}
 		wg.Wait()
 		require.Equal(t, 2, ls[0].Info().Members)
-		w.end(t.dial(ls[0].Addr(), 128))
+		w.end(w.dial(ls[0].Addr(), 128))
 	}},
 	{name: "several loops on a port, and one closes", do: func(t *trial) {
 		ls := t.group(4)
 		w := t.accept(ls...)
-		clients := t.dial(ls[0].Addr(), 128)
-		t.answered(clients)
+		t.answered(w.dial(ls[0].Addr(), 128))
 		require.NoError(t, ls[3].Close())
 		before := w.got[3].Load()
 		for i := range w.got {
@@ -448,7 +472,10 @@ var conformance = []scenario{
 		ls := t.group(3)
 		w := t.accept(ls...)
 		late := t.accept(t.join(ls[0]))
-		t.answered(t.dial(ls[0].Addr(), 128))
+		for range 128 {
+			w.pace()
+			t.answered(late.dial(ls[0].Addr(), 1))
+		}
 		for _, n := range []*atomic.Int64{&w.got[0], &w.got[1], &w.got[2], &late.got[0]} {
 			require.NotZero(t, n.Load())
 		}
@@ -687,7 +714,7 @@ var conformance = []scenario{
 		require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
 		require.ErrorIs(t, get(t, b).err, os.ErrDeadlineExceeded)
 		require.NoError(t, ls[0].Close())
-		w.end(t.dial(ls[1].Addr(), 32))
+		w.end(w.dial(ls[1].Addr(), 32))
 	}},
 	{name: "a full backlog drains", do: func(t *trial) {
 		t.only(canSetBacklog, "the backlog can't be set here")
@@ -798,7 +825,7 @@ var conformance = []scenario{
 		}
 		require.Equal(t, 4, ls[0].Info().Members)
 		w := t.accept(ls...)
-		t.isSpread(w.end(append(t.dial(at("127.0.0.1", ls[0]), 64), t.dial(at("::1", ls[0]), 64)...)))
+		t.isSpread(w.end(append(w.dial(at("127.0.0.1", ls[0]), 64), w.dial(at("::1", ls[0]), 64)...)))
 	}},
 	{name: "a specific address beats the wildcard", do: func(t *trial) {
 		t.onlyKernel()
@@ -900,13 +927,8 @@ var conformance = []scenario{
 		}
 		ls := t.group(4, WithSteering(SteerSource))
 		w := t.accept(ls...)
-		var clients []client
 		for range 24 {
-			for _, l := range ls { // the dispatcher doesn't wait long for a busy one
-				require.Eventually(t, l.waits, limit(5*time.Second), time.Millisecond)
-			}
-			clients = append(clients, t.dial(ls[0].Addr(), 1)...)
-			t.answered(clients[len(clients)-1:])
+			t.answered(w.dial(ls[0].Addr(), 1)) // the dispatcher doesn't wait long for a busy one
 		}
 		most := int64(0)
 		for i := range w.got {

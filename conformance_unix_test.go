@@ -151,7 +151,7 @@ func init() {
 				require.NoError(t, err)
 			}
 			w := t.accept(ls...)
-			t.isSpread(w.end(append(clients, t.dial(ls[0].Addr(), 96)...)))
+			t.isSpread(w.end(append(clients, w.dial(ls[0].Addr(), 96)...)))
 		}},
 		{name: "a socket is bound to the address and doesn't listen", do: func(t *trial) {
 			t.only(runtime.GOOS != "freebsd", "it would get its share, which is refused (FreeBSD 14)")
@@ -165,7 +165,7 @@ func init() {
 			defer unix.Close(fd)
 			l := t.join(ls[0])
 			w := t.accept(append(ls, l)...)
-			t.isSpread(w.end(t.dial(l.Addr(), 96)))
+			t.isSpread(w.end(w.dial(l.Addr(), 96)))
 		}},
 		{name: "a connection goes out from the address", do: func(t *trial) {
 			t.onlyKernel()
@@ -178,7 +178,7 @@ func init() {
 			require.NoError(t, unix.Connect(fd, sockaddr(far[0].Addr())))
 			require.Equal(t, ls[0].Addr().String(), acceptWithin(t, far[0]).RemoteAddr().String())
 			w := t.accept(ls...)
-			t.isSpread(w.end(t.dial(ls[0].Addr(), 96)))
+			t.isSpread(w.end(w.dial(ls[0].Addr(), 96)))
 		}},
 		{name: "a duplicate of a descriptor outlives its member", do: func(t *trial) {
 			ls := t.group(2)
