@@ -227,6 +227,19 @@ func init() {
 			wa.end(ca)
 			wb.end(cb)
 		}},
+		{name: "IPv6 sockets dial mapped addresses", do: func(t *trial) {
+			endpoints[3].need(t)
+			for _, address := range []string{"127.0.0.1:0", ":0"} {
+				ls := t.listen("tcp", address, 3)
+				var clients []client
+				for i := range 24 {
+					clients = append(clients, t.client(dialMapped(t, ls[0].Addr()), byte(i)))
+				}
+				clients = append(clients, t.dial(ls[0].Addr(), 12)...)
+				require.NoError(t, ls[0].Close())
+				t.serve(clients, ls[1:]...)
+			}
+		}},
 		{name: "an abstract unix socket", do: func(t *trial) {
 			t.only(!t.kernel(), "the kernel balances TCP only")
 			ls := t.listen("unix", fmt.Sprintf("@lblisten-conformance-%d", os.Getpid()), 3)
@@ -235,6 +248,22 @@ func init() {
 			t.serve(clients, ls[1:]...)
 		}},
 	}...)
+}
+
+// dialMapped dials ::ffff:127.0.0.1, which package net takes for an IPv4 address.
+func dialMapped(t *trial, a net.Addr) net.Conn {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	f := os.NewFile(uintptr(fd), "mapped")
+	defer f.Close()
+	to := &unix.SockaddrInet6{Port: a.(*net.TCPAddr).Port, Addr: [16]byte(net.IPv4(127, 0, 0, 1).To16())}
+	require.NoError(t, unix.Connect(fd, to))
+	c, err := net.FileConn(f)
+	require.NoError(t, err)
+	require.NoError(t, c.(*net.TCPConn).SetLinger(0))
+	t.Cleanup(func() { c.Close() })
+	return c
 }
 
 // onEachCPU dials from each CPU that this process may use, and wants every
