@@ -45,9 +45,13 @@ func setBacklog(ln net.Listener, n int) error {
 func readable(fd uintptr) bool {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		n, err := unix.Poll(p, 0)
-		if err != unix.EINTR {
+		switch n, err := unix.Poll(p, 0); err {
+		case nil:
 			return n > 0
+		case unix.EINTR:
+		default: // a filter forbids it
+			queued, _ := queueLength(fd)
+			return queued > 0
 		}
 	}
 }
