@@ -1,0 +1,18 @@
+//go:build unix
+
+package main
+
+import (
+	"math"
+	"syscall"
+)
+
+// fileLimit is the most files that this process, and each that it starts, can
+// open. Package os has raised the limit as far as it goes.
+func fileLimit() int {
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil || uint64(l.Cur) > math.MaxInt32 {
+		return math.MaxInt32
+	}
+	return int(l.Cur)
+}
