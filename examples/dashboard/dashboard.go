@@ -60,7 +60,7 @@ type order struct {
 }
 
 func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
-	d = &dashboard{settings: s, mode: modeKernel, orders: make(chan order), changed: make(chan struct{})}
+	d = &dashboard{settings: s, mode: modeKernel, notes: []string{}, log: []logLine{}, orders: make(chan order), changed: make(chan struct{})}
 	// Nobody else may write to the directory: MkdirTemp makes it with mode 0700.
 	if d.dir, err = os.MkdirTemp("", "lblisten-dashboard-"); err != nil {
 		return nil, err
@@ -146,13 +146,14 @@ func (d *dashboard) probe(path string) (string, error) {
 }
 
 // end ends everything. The context must have ended before.
-func (d *dashboard) end() {
+func (d *dashboard) end() error {
 	d.running.Wait()
+	var errs []error
 	for _, s := range d.sides {
 		s.clients.Wait()
-		s.endAll()
+		errs = append(errs, s.endAll())
 	}
-	os.RemoveAll(d.dir)
+	return errors.Join(append(errs, os.RemoveAll(d.dir))...)
 }
 
 func (d *dashboard) say(format string, args ...any) {

@@ -78,7 +78,7 @@ func main() {
 
 // run runs the dashboard until the context ends, and leaves nothing behind. It
 // calls ready with the address of the page.
-func run(ctx context.Context, s settings, ready func(url string)) error {
+func run(ctx context.Context, s settings, ready func(url string)) (err error) {
 	// A worker dies with the thread that started it (dieWithParent).
 	runtime.LockOSThread()
 	ctx, cancel := context.WithCancel(ctx)
@@ -92,7 +92,7 @@ func run(ctx context.Context, s settings, ready func(url string)) error {
 		ln.Close()
 		return err
 	}
-	defer d.end()
+	defer func() { err = errors.Join(err, d.end()) }()
 
 	srv := &http.Server{Handler: d.handler(), ReadHeaderTimeout: 10 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx }} // ends the event streams

@@ -108,14 +108,18 @@ func (p *process) awaitReport() (report, error) {
 }
 
 // end ends the worker, gracefully if it can.
-func (p *process) end() {
+func (p *process) end() error {
 	p.orders.Close()
 	select {
 	case <-p.ended:
-	case <-time.After(leaveTime + 2*time.Second):
+	case <-time.After(leaveTime + obedience):
 		p.cmd.Process.Kill()
 		<-p.ended
 	}
+	if !p.cmd.ProcessState.Success() {
+		return fmt.Errorf("worker %d has ended with %v", p.cmd.Process.Pid, p.cmd.ProcessState)
+	}
+	return nil
 }
 
 func (p *process) gone() bool {

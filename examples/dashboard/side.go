@@ -71,10 +71,12 @@ type snapshot struct {
 	totals []int
 }
 
-// failure is a client without an answer.
+// failure is a client without an answer, that nobody refused.
 type failure struct {
+	o     outcome // unanswered or failed
 	port  int
 	began int64 // Unix ns
+	ended int64
 	err   error
 }
 
@@ -111,7 +113,8 @@ func (s *side) startAll(mode string) error {
 	return nil
 }
 
-func (s *side) endAll() {
+// endAll ends all workers. Its error is of those that could not end in peace.
+func (s *side) endAll() error {
 	s.mu.Lock()
 	procs := slices.Clone(s.procs)
 	for _, sl := range s.slots {
@@ -120,15 +123,20 @@ func (s *side) endAll() {
 		}
 	}
 	s.mu.Unlock()
+	errs := make([]error, len(procs))
 	var all sync.WaitGroup
-	for _, p := range procs {
+	for i, p := range procs {
+		if p.gone() {
+			continue // that was said when it happened
+		}
 		all.Add(1)
 		go func() {
 			defer all.Done()
-			p.end()
+			errs[i] = p.end()
 		}()
 	}
 	all.Wait()
+	return errors.Join(errs...)
 }
 
 // start starts worker i.
@@ -185,14 +193,16 @@ func (s *side) restart(i int) error {
 	old, others := s.worker(i)
 	if old != nil && others {
 		s.setState(i, "stopped")
-		old.end()
+		if err := old.end(); err != nil {
+			return err
+		}
 		old = nil
 	}
 	if err := s.start(i); err != nil {
 		return err
 	}
 	if old != nil {
-		old.end()
+		return old.end()
 	}
 	return nil
 }
@@ -247,8 +257,7 @@ func (s *side) setMode(ctx context.Context, mode string) error {
 		s.mu.Unlock()
 		switch {
 		case waiting == 0:
-			s.endAll()
-			return s.startAll(mode)
+			return errors.Join(s.endAll(), s.startAll(mode))
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case time.Now().After(deadline):
@@ -312,26 +321,24 @@ func (s *side) launch(ctx context.Context, n int) int {
 			began := time.Now().UnixNano()
 			o, port, err := exchange(ctx, addr)
 			if ctx.Err() == nil {
-				s.count(o, failure{port, began, err})
+				s.count(failure{o, port, began, time.Now().UnixNano(), err})
 			}
 		}()
 	}
 	return n
 }
 
-func (s *side) count(o outcome, f failure) {
+func (s *side) count(f failure) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch o {
-	case unanswered:
-		s.pending = append(s.pending, f)
-		return
+	switch f.o {
 	case served:
 		s.tally.Served++
 	case refused:
 		s.tally.Refused++
-	case failed:
-		s.tally.Other++
+	default:
+		s.pending = append(s.pending, f)
+		return
 	}
 	s.tally.Waiting--
 }
@@ -373,7 +380,7 @@ func (s *side) look() {
 			}
 		}
 	}
-	var why error
+	var why, whyOther error
 	for _, f := range pending {
 		s.tally.Waiting--
 		switch s.fateOf(f) {
@@ -384,6 +391,7 @@ func (s *side) look() {
 			why = f.err
 		default:
 			s.tally.Other++
+			whyOther = f.err
 		}
 	}
 	// The dead are remembered as one.
@@ -404,6 +412,9 @@ func (s *side) look() {
 	if diedNow > 0 {
 		s.say("%d died with the process", diedNow)
 	}
+	if whyOther != nil {
+		s.say("%d could not dial, or a living worker didn't answer (%v)", s.tally.Other-s.before.Other, whyOther)
+	}
 	copy(s.history[:], s.history[1:])
 	s.history[history-1] = sample{
 		Served:  int(float64(s.tally.Served-s.before.Served) / tick.Seconds()),
@@ -417,20 +428,25 @@ func (s *side) look() {
 	}
 }
 
-// fateOf finds out whether a process had accepted the client's connection. A
-// record of another client that had the same port before is older than this one.
+// fateOf finds out whether a process had accepted the client's connection. Others
+// may have had the same port before it, and since.
 func (s *side) fateOf(f failure) outcome {
-	if f.port == 0 {
-		return unanswered
+	if f.o == failed || f.port == 0 {
+		return f.o
 	}
-	if at, ok := s.dead[f.port]; ok && at >= f.began {
+	isOf := func(accepted map[int]int64) bool {
+		at := accepted[f.port]
+		return f.began <= at && at <= f.ended
+	}
+	if isOf(s.dead) {
 		return died
 	}
 	for _, p := range s.procs {
-		if at, ok := p.accepted[f.port]; ok && at >= f.began {
-			if p.gone() {
-				return died
-			}
+		switch {
+		case !isOf(p.accepted):
+		case p.gone():
+			return died
+		default:
 			return failed
 		}
 	}

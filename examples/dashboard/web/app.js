@@ -61,7 +61,7 @@ function build(s) {
       el('dl', { class: 'counts' }, field('tried', 'tried'), field('served', 'served'), field('waiting', 'waiting'),
         field('refused', 'refused'), field('other', 'other')),
       v.svg,
-      el('p', { class: 'caption' }, v.now, `last ${Math.round(side.history.length * s.tick)} s`)));
+      el('p', { class: 'caption' }, v.now, el('span', {}, `last ${Math.round(side.history.length * s.tick)} s`))));
     page.sides.push(v);
   });
 
@@ -100,7 +100,7 @@ function build(s) {
       el('header', {}, el('h2', {}, `Worker ${i + 1}`), el('div', { class: 'pids' }, ...v.pids),
         el('div', { class: 'actions' }, v.kill, v.restart)),
       el('dl', { class: 'info' }, info('balancer', 'balanced by'), info('steering', 'steered by'), info('onClose', 'if a listener closes'),
-        info('onKill', 'if it is killed'), info('sockets', 'sockets, members'), info('inherited', 'inherited')),
+        info('onKill', 'if it is killed'), info('sockets', 'sockets'), info('inherited', 'inherited')),
       v.reason, table));
     page.workers.push(v);
   });
@@ -156,7 +156,7 @@ function update(s) {
       set(v.pids[n], `${s.sides[n].by} ${w.pid ? 'pid ' + w.pid : w.state}`);
       v.pids[n].classList.toggle('bad', !w.pid && !s.sides[n].err);
     });
-    const info = ours.pid ? { ...ours, sockets: `${ours.sockets}, ${ours.members}`, inherited: num(ours.inherited) } : {};
+    const info = ours.pid ? { ...ours, sockets: `${ours.sockets} for ${ours.members}`, inherited: num(ours.inherited) } : {};
     for (const [key, dd] of Object.entries(v.info)) set(dd, info[key] || '–');
     const reason = info.reason ? `Nothing stronger because ${info.reason}` : '';
     set(v.reason, reason);
