@@ -491,7 +491,7 @@ func (s *side) view() sideView {
 			if i < len(w.report.Listeners) {
 				l.memberReport = w.report.Listeners[i]
 			}
-			if n := len(sl.before); n > 1 {
+			if n := len(sl.before); n > 1 && sl.state == "running" {
 				first, last := sl.before[0], sl.before[n-1]
 				l.Rate = int(float64(last.totals[i]-first.totals[i])/last.at.Sub(first.at).Seconds() + 0.5)
 			}

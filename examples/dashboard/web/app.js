@@ -31,8 +31,8 @@ async function order(o) {
   }
 }
 
-// button asks for what order() returns. It is never really disabled: it would lose
-// the focus of the keyboard.
+// arm makes a button order what() when it is pressed. It is never really disabled:
+// it would lose the focus of the keyboard.
 function arm(e, what) {
   e.addEventListener('click', () => {
     if (e.getAttribute('aria-disabled') !== 'true') order(what());
@@ -156,7 +156,8 @@ function update(s) {
       set(v.pids[n], `${s.sides[n].by} ${w.pid ? 'pid ' + w.pid : w.state}`);
       v.pids[n].classList.toggle('bad', !w.pid && !s.sides[n].err);
     });
-    const info = ours.pid ? { ...ours, sockets: `${ours.sockets} for ${ours.members}`, inherited: num(ours.inherited) } : {};
+    const parts = heirs => heirs?.replaceAll('+', ' + ');
+    const info = ours.pid ? { ...ours, onClose: parts(ours.onClose), onKill: parts(ours.onKill), sockets: `${ours.sockets} for ${ours.members}`, inherited: num(ours.inherited) } : {};
     for (const [key, dd] of Object.entries(v.info)) set(dd, info[key] || '–');
     const reason = info.reason ? `Nothing stronger because ${info.reason}` : '';
     set(v.reason, reason);
