@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -47,7 +48,10 @@ func TestMain(m *testing.M) {
 
 // needProcesses skips the test where no second process can have the address.
 func needProcesses(t *testing.T) {
-	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(t.TempDir()+"/handoff"))
+	dir, err := os.MkdirTemp("", "")
+	require.NoError(t, err)
+	defer os.RemoveAll(dir)
+	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(filepath.Join(dir, "handoff")))
 	if errors.Is(err, lblisten.ErrUnsupported) {
 		t.Skipf("one worker only: %v", err)
 	}
