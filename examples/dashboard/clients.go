@@ -13,7 +13,7 @@ import (
 // patience is how long a client waits to be connected, and then for its answer.
 // A lost connection shows at once, as a reset, on most systems; this is for one
 // that nobody ever takes, and outlasts a stall.
-const patience = 15 * time.Second
+var patience = 15 * time.Second
 
 // outcome is what became of a client.
 type outcome int

@@ -18,7 +18,6 @@ import (
 )
 
 const (
-	burst    = 2000
 	mostLogs = 40
 
 	// spareFiles are the descriptors that this process needs beside those of its
@@ -30,6 +29,7 @@ type dashboard struct {
 	settings
 	dir       string // of the handoff
 	canKernel bool
+	backlog   int // of a listener; -1: the system doesn't tell
 	notes     []string
 	sides     []*side // lblisten's first
 	orders    chan order
@@ -70,7 +70,7 @@ func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
 		os.RemoveAll(d.dir)
 		return nil, err
 	}
-	most := burst + 1000
+	most := d.burst + 1000
 	if n := (fileLimit() - spareFiles) / 2; n < most {
 		most = max(n, 1)
 		d.notes = append(d.notes, fmt.Sprintf("At most %d connections at a time, because of the limit of open files.", most))
@@ -121,6 +121,7 @@ func (d *dashboard) probe(path string) (string, error) {
 		if err != nil {
 			return err
 		}
+		d.backlog = ln.(*lblisten.Listener).Stats().Backlog
 		return ln.Close()
 	}
 	err := try(lblisten.WithRequireKernel())
@@ -204,14 +205,14 @@ type state struct {
 }
 
 func (d *dashboard) publish() {
-	st := state{System: runtime.GOOS + "/" + runtime.GOARCH, Rate: d.rate, Burst: burst, Stall: stallTime.Seconds(),
+	st := state{System: runtime.GOOS + "/" + runtime.GOARCH, Rate: d.rate, Stall: stallTime.Seconds(),
 		Work: float64(d.sides[0].job.Work) / 1e6, Tick: tick.Seconds(), CanKernel: d.canKernel, Notes: d.notes}
 	for _, s := range d.sides {
 		st.Sides = append(st.Sides, s.view())
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	st.Mode, st.Busy, st.Log = d.mode, d.busy, slices.Clone(d.log)
+	st.Mode, st.Busy, st.Log, st.Burst = d.mode, d.busy, slices.Clone(d.log), d.burstSize(d.mode)
 	text, err := json.Marshal(st)
 	if err != nil {
 		panic(err) // it holds nothing that has no JSON
@@ -219,6 +220,19 @@ func (d *dashboard) publish() {
 	d.state = text
 	close(d.changed)
 	d.changed = make(chan struct{})
+}
+
+// burstSize is as many as wait in the queues with room to spare: FreeBSD resets what
+// comes to a full one, which would be nobody's loss.
+func (d *dashboard) burstSize(mode string) int {
+	queues := d.workers * d.listeners
+	if mode == modeDispatcher {
+		queues = 1
+	}
+	if d.backlog < 0 {
+		return d.burst
+	}
+	return min(d.burst, max(queues*d.backlog/2, 1))
 }
 
 // latest returns the state, and a channel that is closed when there is another.
@@ -281,12 +295,19 @@ func (d *dashboard) do(ctx context.Context, o order) error {
 		d.say("%s listener %d.%d", o.Do, w, l)
 		return each(func(s *side) error { return s.tell(o.Worker, fmt.Sprintf("%s %d", o.Do, o.Listener)) })
 	case "kill":
-		d.say("SIGKILL to worker %d", w)
+		last := ""
+		if _, others := d.sides[0].worker(o.Worker); !others {
+			last = ", the last one: nobody inherits"
+		}
+		d.say("SIGKILL to worker %d%s", w, last)
 		return each(func(s *side) error { return s.kill(o.Worker) })
 	case "restart":
 		d.say("restart worker %d", w)
 		return each(func(s *side) error { return s.restart(o.Worker) })
 	case "burst":
+		d.mu.Lock()
+		burst := d.burstSize(d.mode)
+		d.mu.Unlock()
 		d.say("burst of %d connections", burst)
 		return each(func(s *side) error {
 			if n := s.launch(ctx, burst); n < burst {

@@ -35,10 +35,11 @@ type settings struct {
 	workers   int
 	listeners int // of each worker
 	rate      int // connections per second, to each side
+	burst     int // connections
 }
 
 func parseFlags(args []string) (settings, error) {
-	var s settings
+	s := settings{burst: 2000}
 	f := flag.NewFlagSet("dashboard", flag.ExitOnError)
 	f.StringVar(&s.http, "http", "127.0.0.1:8090", "`address` of the page; who can reach it can kill the workers")
 	f.IntVar(&s.workers, "workers", 2, "`number` of worker processes, 1 to 8")

@@ -17,7 +17,7 @@ import (
 )
 
 // obedience is how long a worker may take to obey an order.
-const obedience = 10 * time.Second
+var obedience = 10 * time.Second
 
 type process struct {
 	cmd     *exec.Cmd

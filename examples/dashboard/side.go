@@ -16,9 +16,9 @@ const (
 	tick     = 500 * time.Millisecond // between two looks at everything
 	history  = 120                    // ticks that the page shows
 	rateOver = 4                      // ticks that a rate is the mean of
-
-	stallTime = 5 * time.Second
 )
+
+var stallTime = 5 * time.Second
 
 // tally counts connections. Tried is the sum of the others.
 type tally struct {

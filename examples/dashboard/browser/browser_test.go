@@ -106,10 +106,9 @@ func TestPage(t *testing.T) {
 		pictures = t.TempDir()
 	}
 
-	opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.UserDataDir(t.TempDir()))
-	if os.Getuid() == 0 {
-		opts = append(opts, chromedp.NoSandbox) // it refuses to be root with one
-	}
+	opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.UserDataDir(t.TempDir()),
+		chromedp.NoSandbox, // root can't have one, nor may everybody else; it sees nothing but our page
+		chromedp.WSURLReadTimeout(limit(30*time.Second)))
 	ctx, cancel := context.WithTimeout(context.Background(), limit(time.Minute))
 	defer cancel()
 	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)

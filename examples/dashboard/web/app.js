@@ -108,7 +108,6 @@ function build(s) {
   for (const m of ['kernel', 'dispatcher']) arm($(m), () => ({ do: 'mode', mode: m }));
   arm($('burst'), () => ({ do: 'burst' }));
   arm($('reset'), () => ({ do: 'reset' }));
-  set($('burst'), `Burst of ${number.format(s.burst)}`);
   set($('work'), `Each accept loop takes ${number.format(s.work)} ms for a connection, so that queues form.`);
   set($('about'), `What becomes of ${number.format(s.rate)} connections a second when a listener goes away, on ${s.system}.`);
   $('notes').append(...s.notes.map(n => el('li', {}, n)));
@@ -190,6 +189,7 @@ function update(s) {
     enable($(m), !s.busy && s.mode !== m && (m === 'dispatcher' || s.canKernel));
   }
   $('kernel').title = s.canKernel ? '' : 'The kernel of this system doesn’t balance.';
+  set($('burst'), `Burst of ${number.format(s.burst)}`);
   enable($('burst'), !s.busy);
   enable($('reset'), !s.busy);
 
