@@ -5,6 +5,7 @@ go 1.23.0
 require (
 	github.com/coreos/go-systemd/v22 v22.6.0
 	github.com/lblisten/lblisten v0.0.0
+	github.com/pires/go-proxyproto v0.8.0
 	github.com/stretchr/testify v1.11.1
 	github.com/valyala/fasthttp v1.62.0
 	google.golang.org/grpc v1.70.0
