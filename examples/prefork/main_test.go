@@ -5,11 +5,9 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -43,38 +41,6 @@ func hear(t *testing.T, p *exampletest.Process) int {
 	n, err := strconv.Atoi(pid)
 	require.NoError(t, err)
 	return n
-}
-
-// One of three processes stands still and is killed, with connections in its queue.
-// Each is answered by another one, and the parent starts a third.
-func TestKilledChild(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("only Linux tells when all threads of a stopped process stand still, so that it accepts nothing more")
-	}
-	p, addr, pids := start(t, 3)
-	require.NoError(t, syscall.Kill(pids[0], syscall.SIGSTOP))
-	require.Eventually(t, func() bool { return standsStill(pids[0]) }, exampletest.Limit(30*time.Second), time.Millisecond)
-	defer syscall.Kill(pids[0], syscall.SIGKILL)
-	conns := make([]net.Conn, 90)
-	for i := range conns {
-		c, err := net.Dial("tcp", addr)
-		require.NoError(t, err)
-		defer c.Close()
-		require.NoError(t, c.SetDeadline(time.Now().Add(exampletest.Limit(30*time.Second))))
-		_, err = io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
-		require.NoError(t, err)
-		conns[i] = c
-	}
-	require.NoError(t, syscall.Kill(pids[0], syscall.SIGKILL))
-	for i, c := range conns {
-		answer, err := io.ReadAll(c)
-		require.NoError(t, err, "connection %d", i)
-		require.Contains(t, string(answer), "200 OK", "connection %d", i)
-		require.NotContains(t, string(answer), strconv.Itoa(pids[0]), "connection %d", i)
-	}
-	require.NotContains(t, pids, hear(t, p))
-	p.Stop(syscall.SIGTERM)
-	gone(t, pids)
 }
 
 // All processes are replaced under load, then the parent is killed. No request
@@ -111,16 +77,4 @@ func gone(t *testing.T, pids []int) {
 		require.Eventually(t, func() bool { return syscall.Kill(pid, 0) == syscall.ESRCH },
 			exampletest.Limit(30*time.Second), 10*time.Millisecond, "process %d", pid)
 	}
-}
-
-// standsStill reports whether every thread of a process is stopped.
-func standsStill(pid int) bool {
-	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-	for _, stat := range threads {
-		b, err := os.ReadFile(stat)
-		if err != nil || !strings.Contains(string(b), ") T ") {
-			return false
-		}
-	}
-	return len(threads) > 0
 }

@@ -307,3 +307,41 @@ func Get(c *http.Client, url string) (string, error) {
 	}
 	return strings.TrimSpace(string(body)), err
 }
+
+// Standing opens n connections to addr, each with a request that waits for an answer.
+func Standing(t testing.TB, addr string, n int) []net.Conn {
+	t.Helper()
+	conns := make([]net.Conn, n)
+	for i := range conns {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			t.Cleanup(func() { c.Close() })
+			err = c.SetDeadline(time.Now().Add(Limit(30 * time.Second)))
+		}
+		if err == nil {
+			_, err = io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns[i] = c
+	}
+	return conns
+}
+
+// Answers reads the answer of each connection.
+func Answers(t testing.TB, conns []net.Conn) (answers []string) {
+	t.Helper()
+	for i, c := range conns {
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatalf("connection %d of %d: %v", i, len(conns), err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("connection %d of %d: %s, %v", i, len(conns), resp.Status, err)
+		}
+		answers = append(answers, strings.TrimSpace(string(body)))
+	}
+	return answers
+}

@@ -28,18 +28,6 @@ var (
 	rounds = flag.Int("rounds", 2, "TestLosses: `number` of restarts or kills in a row")
 )
 
-// unprivileged has no capability, because one (CAP_BPF) would have the kernel inherit.
-func unprivileged(t *testing.T, cmd *exec.Cmd) *exec.Cmd {
-	if os.Getuid() != 0 {
-		return cmd
-	}
-	tool, err := exec.LookPath("setpriv")
-	if err != nil {
-		t.Skip("root has the kernel's help, and there is no setpriv to do without (Debian: util-linux)")
-	}
-	return exec.Command(tool, append([]string{"--bounding-set=-all", "--inh-caps=-all"}, cmd.Args...)...)
-}
-
 // A host is processes on one address.
 type host struct {
 	t         *testing.T
@@ -50,7 +38,7 @@ type host struct {
 
 func (h *host) start() {
 	h.t.Helper()
-	p := exampletest.Run(h.t, unprivileged(h.t, exampletest.Command(h.t, "-addr", h.addr, "-handoff", h.handoff)))
+	p := exampletest.Run(h.t, exampletest.Unprivileged(h.t, exampletest.Command(h.t, "-addr", h.addr, "-handoff", h.handoff)))
 	p.Hear("ready on ")
 	h.processes = append(h.processes, p)
 }
@@ -66,8 +54,7 @@ func (h *host) restart() {
 // kills it, and starts one. It returns how many connections the process had accepted.
 func (h *host) kill() (held int) {
 	p := h.processes[0]
-	p.Signal(syscall.SIGSTOP)
-	require.Eventually(h.t, func() bool { return standsStill(p.Pid()) }, exampletest.Limit(30*time.Second), time.Millisecond)
+	exampletest.Freeze(h.t, p.Pid())
 	held = connections(h.t, p.Pid(), h.addr)
 	time.Sleep(100 * time.Millisecond) // of the experiment; nothing is waited for
 	p.Signal(syscall.SIGKILL)
@@ -75,18 +62,6 @@ func (h *host) kill() (held int) {
 	h.processes = h.processes[1:]
 	h.start()
 	return held
-}
-
-// standsStill reports whether every thread of a process is stopped.
-func standsStill(pid int) bool {
-	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-	for _, stat := range threads {
-		b, err := os.ReadFile(stat)
-		if err != nil || !strings.Contains(string(b), ") T ") {
-			return false
-		}
-	}
-	return len(threads) > 0
 }
 
 // connections counts those of a process, at the port of addr, with a peer.
@@ -143,6 +118,19 @@ func startHAProxy(t *testing.T, edit *strings.Replacer, hosts ...string) string 
 		return err == nil
 	}, exampletest.Limit(30*time.Second), 10*time.Millisecond)
 	return front
+}
+
+// reasons counts errors by what they say, without the addresses.
+func reasons(failed []error) map[string]int {
+	why := make(map[string]int)
+	for _, err := range failed {
+		text := strings.Join(strings.Fields(err.Error()), " ")
+		if _, rest, ok := strings.Cut(text, "127.0.0.1:"); ok {
+			text = strings.TrimLeft(rest, "0123456789\": ")
+		}
+		why[text]++
+	}
+	return why
 }
 
 // What is lost behind HAProxy when processes are restarted, or killed after they
@@ -206,6 +194,9 @@ func TestLosses(t *testing.T) {
 				}
 				answered, by, failed := load.End()
 				t.Logf("%s, %s: %d rounds, %d requests, %d failed; %d connections were held by killed processes", row.name, how, *rounds, answered+len(failed), len(failed), held)
+				for why, n := range reasons(failed) {
+					t.Logf("%d times %s", n, why)
+				}
 				for who := range by {
 					require.Contains(t, who, "answers 127.0.0.1")
 				}

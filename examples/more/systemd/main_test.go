@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -56,21 +55,10 @@ func TestRestart(t *testing.T) {
 		}
 		p.Signal(sig)
 		p.Wait()
-		conns := make([]net.Conn, 50)
-		for i := range conns {
-			c, err := net.Dial("tcp", addr)
-			require.NoError(t, err)
-			defer c.Close()
-			_, err = io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
-			require.NoError(t, err)
-			conns[i] = c
-		}
+		conns := exampletest.Standing(t, addr, 50)
 		p = activate(t, socket)
-		for i, c := range conns {
-			require.NoError(t, c.SetDeadline(time.Now().Add(exampletest.Limit(30*time.Second))))
-			answer, err := io.ReadAll(c)
-			require.NoError(t, err, "connection %d after %v", i, sig)
-			require.Contains(t, string(answer), fmt.Sprint(p.Pid()), "connection %d after %v", i, sig)
+		for _, answer := range exampletest.Answers(t, conns) {
+			require.Equal(t, fmt.Sprint(p.Pid()), answer, "after %v", sig)
 		}
 		if sig == syscall.SIGTERM {
 			load.Await(200)
