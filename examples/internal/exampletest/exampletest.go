@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -149,9 +150,7 @@ func Run(t testing.TB, cmd *exec.Cmd) *Process {
 		p.Signal(os.Kill)
 		<-p.ended
 		if t.Failed() {
-			p.mu.Lock()
-			t.Logf("process %d (%v) said:\n%s", cmd.Process.Pid, cmd.ProcessState, strings.Join(p.said, "\n"))
-			p.mu.Unlock()
+			t.Logf("process %d (%v) said:\n%s", cmd.Process.Pid, cmd.ProcessState, strings.Join(p.Said(), "\n"))
 		}
 	})
 	return p
@@ -163,7 +162,13 @@ func (p *Process) Pid() int { return p.cmd.Process.Pid }
 // Hear waits for the next line that begins with prefix, and returns how it goes on.
 func (p *Process) Hear(prefix string) string {
 	p.t.Helper()
-	timeout := time.After(Limit(30 * time.Second))
+	return p.HearWithin(prefix, Limit(30*time.Second))
+}
+
+// HearWithin is Hear with a time limit.
+func (p *Process) HearWithin(prefix string, most time.Duration) string {
+	p.t.Helper()
+	timeout := time.After(most)
 	for {
 		p.mu.Lock()
 		for p.heard < len(p.said) {
@@ -184,6 +189,13 @@ func (p *Process) Hear(prefix string) string {
 			p.t.Fatalf("process %d does not say %q", p.Pid(), prefix)
 		}
 	}
+}
+
+// Said returns all lines up to now.
+func (p *Process) Said() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.said)
 }
 
 // Signal sends a signal, unless the process has ended.
