@@ -94,7 +94,7 @@ func (h *history) String() string {
 // clients dial, say their number and want it back.
 type clients struct {
 	network, address string
-	excuse           func(c *client) *atomic.Int64 // where to count who failed; nil if there is no excuse
+	excuse           func(c *soakClient) *atomic.Int64 // where to count who failed; nil if there is no excuse
 
 	last                 atomic.Uint64 // number
 	served, reset, ended atomic.Int64  // ended: refused or reset while nobody listened
@@ -105,8 +105,8 @@ type clients struct {
 	wg                   sync.WaitGroup
 }
 
-// A client is one connection, from dial to its end.
-type client struct {
+// A soakClient is one connection, from dial to its end.
+type soakClient struct {
 	number     uint64
 	port       int
 	begin, end time.Time
@@ -114,7 +114,7 @@ type client struct {
 }
 
 func (cs *clients) one() {
-	c := &client{number: cs.last.Add(1), begin: time.Now()}
+	c := &soakClient{number: cs.last.Add(1), begin: time.Now()}
 	c.err = cs.talk(c)
 	c.end = time.Now()
 	if c.err == nil {
@@ -130,7 +130,7 @@ func (cs *clients) one() {
 	cs.firstErr.CompareAndSwap(nil, &err)
 }
 
-func (cs *clients) talk(c *client) error {
+func (cs *clients) talk(c *soakClient) error {
 	conn, err := dialOnce(cs.network, cs.address)
 	if err != nil {
 		return err
@@ -536,7 +536,7 @@ func (st *seat) obey(o operation) {
 
 // excuse: a client may fail while nobody listens, and on FreeBSD be refused in
 // the instant in which a socket is opened.
-func (s *soak) excuse(c *client) *atomic.Int64 {
+func (s *soak) excuse(c *soakClient) *atomic.Int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, gap := range s.gaps {

@@ -391,7 +391,7 @@ func clientsOf(pid, port int) (map[int]bool, error) {
 
 // excuse: a client may fail whose connection had been accepted by a process that
 // was killed then.
-func (ps *processes) excuse(c *client) *atomic.Int64 {
+func (ps *processes) excuse(c *soakClient) *atomic.Int64 {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	for _, at := range ps.died[c.port] {
