@@ -76,7 +76,7 @@ func (h *history) add(o operation) {
 
 // watch panics, with the history, if f takes too long.
 func (h *history) watch(seed uint64, f func()) {
-	late := time.AfterFunc(limit(90*time.Second), func() {
+	late := time.AfterFunc(limit(150*time.Second), func() {
 		buf := make([]byte, 1<<22)
 		panic(fmt.Sprintf("seed %d hangs after\n%s\n%s", seed, h, buf[:runtime.Stack(buf, true)]))
 	})
@@ -139,7 +139,7 @@ func (cs *clients) talk(c *soakClient) error {
 	if a, ok := conn.LocalAddr().(*net.TCPAddr); ok {
 		c.port = a.Port
 	}
-	conn.SetDeadline(time.Now().Add(limit(30 * time.Second)))
+	conn.SetDeadline(time.Now().Add(limit(60 * time.Second)))
 	var b [8]byte
 	binary.BigEndian.PutUint64(b[:], c.number)
 	if _, err := conn.Write(b[:]); err != nil {
