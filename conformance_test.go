@@ -866,6 +866,7 @@ var conformance = []scenario{
 		ls := t.group(2)
 		clients := t.dial(ls[0].Addr(), 24)
 		require.NoError(t, ls[0].Close())
+		ls[1].SetDeadline(time.Now().Add(limit(10 * time.Second)))
 		for i := range clients {
 			c, err := net.Conn(nil), error(nil)
 			if i%2 == 0 {
