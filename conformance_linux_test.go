@@ -85,6 +85,7 @@ func shutDown(halfOpen bool) func(t *trial) {
 		controlTest(t, ls[0].socks[0].conn, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
 		_, err := ls[0].Accept()
 		require.ErrorIs(t, err, unix.EINVAL)
+		require.NoError(t, ls[0].Close())
 		if halfOpen {
 			t.finish(clients)
 		}

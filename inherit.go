@@ -315,8 +315,17 @@ func (w *watch) take() (*net.TCPConn, error) {
 	w.s.ln.SetDeadline(time.Now().Add(takeTimeout))
 	c, err := w.s.ln.AcceptTCP()
 	w.used.Store(time.Now().UnixNano())
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = nil
+	case errors.Is(err, syscall.EINVAL) && w.owner == nil:
+		// It listens no more: somebody has shut it down, by a descriptor that
+		// SyscallConn or File gave him. That is no sibling's error.
+		w.token.Unlock()
+		if w.g.unshare(w) {
+			w.g.k.discard(w.s)
+		}
+		return nil, nil
 	}
 	more := w.readable()
 	if !more && w.ready.CompareAndSwap(true, false) {

@@ -222,11 +222,16 @@ func (k *kernelSteering) retireOne() bool {
 		return false
 	}
 	w.stop()
+	k.discard(w.s)
+	return true
+}
+
+// discard closes a socket that is not shared any more.
+func (k *kernelSteering) discard(s *socket) {
 	k.mirror.Lock()
 	defer k.mirror.Unlock()
-	w.s.ln.Close()
-	k.removed(w.s)
-	return true
+	s.ln.Close()
+	k.removed(s)
 }
 
 // takeQuiet takes a socket out of the group that can be closed without anything

@@ -22,6 +22,7 @@ func newKernelSteering(*group, *config) (*kernelSteering, error) { return &kerne
 
 func (*kernelSteering) control(fd uintptr) error     { return nil }
 func (*kernelSteering) opened(*socket)               {}
+func (*kernelSteering) discard(s *socket)            { s.ln.Close() }
 func (*kernelSteering) changed()                     {}
 func (*kernelSteering) tick()                        {}
 func (*kernelSteering) onAccept() func(*net.TCPConn) { return nil }
