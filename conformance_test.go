@@ -240,6 +240,7 @@ type crew struct {
 	t       *trial
 	members []*Listener
 	got     []atomic.Int64
+	dialled int64 // at the crew's pace
 	wg      sync.WaitGroup
 }
 
@@ -271,16 +272,19 @@ func (t *trial) accept(ls ...*Listener) *crew {
 	return w
 }
 
-// pace waits until all of the crew wait, if the dispatcher balances: it goes by
-// who waits.
+// pace waits until the crew has all connections and all of it wait, if the
+// dispatcher balances: it goes by who waits.
 func (w *crew) pace() {
 	w.t.Helper()
-	begin := time.Now()
-	for _, l := range w.members {
-		for !w.t.kernel() && !l.waits() {
-			require.Less(w.t, time.Since(begin), limit(10*time.Second), "a member doesn't wait")
-			time.Sleep(10 * time.Microsecond)
+	ready := func() bool {
+		n := int64(0)
+		for i := range w.got {
+			n += w.got[i].Load()
 		}
+		return n >= w.dialled && !slices.ContainsFunc(w.members, func(l *Listener) bool { return !l.waits() })
+	}
+	for begin := time.Now(); !w.t.kernel() && !ready(); time.Sleep(10 * time.Microsecond) {
+		require.Less(w.t, time.Since(begin), limit(10*time.Second), "a member doesn't wait")
 	}
 }
 
@@ -291,6 +295,7 @@ func (w *crew) dial(a net.Addr, n int) []client {
 	for i := range clients {
 		w.pace()
 		clients[i] = w.t.client(dialTest(w.t, a), byte(i))
+		w.dialled++
 	}
 	return clients
 }
@@ -387,6 +392,7 @@ func fromPorts(parity int) func(t *trial) {
 			c.(*net.TCPConn).SetLinger(0)
 			t.Cleanup(func() { c.Close() })
 			clients = append(clients, t.client(c, byte(len(clients))))
+			w.dialled++
 		}
 		require.Len(t, clients, 128)
 		t.isSpread(w.end(clients))
@@ -474,7 +480,8 @@ var conformance = []scenario{
 		late := t.accept(t.join(ls[0]))
 		for range 128 {
 			w.pace()
-			t.answered(late.dial(ls[0].Addr(), 1))
+			late.pace()
+			t.answered(t.dial(ls[0].Addr(), 1))
 		}
 		for _, n := range []*atomic.Int64{&w.got[0], &w.got[1], &w.got[2], &late.got[0]} {
 			require.NotZero(t, n.Load())
