@@ -46,8 +46,8 @@ func (g *Group) Addr() net.Addr { return g.g.addr }
 
 // Serve runs serve on every member, each in a goroutine of its own. At the
 // first error it closes the group, so that the others end too; when every
-// serve has returned, it returns that first error. A serve that returns nil
-// ends nobody else.
+// serve has returned, it returns that first error. A serve that returns nil, or
+// an error around [net.ErrClosed] because its member was closed, ends nobody else.
 //
 // It fits http.Server.Serve, grpc.Server.Serve (with a func that takes a
 // net.Listener) and accept loops written by hand. As those do, it returns a
@@ -58,14 +58,19 @@ func (g *Group) Serve(serve func(net.Listener) error) error {
 	for _, l := range g.members {
 		go func() { errs <- serve(l) }()
 	}
-	var first error
+	var first, closed error
 	for range g.members {
-		if err := <-errs; err != nil && first == nil {
+		err := <-errs
+		switch {
+		case err == nil:
+		case errors.Is(err, net.ErrClosed):
+			closed = err
+		case first == nil:
 			first = err
 			g.Close()
 		}
 	}
-	return first
+	return cmp.Or(first, closed)
 }
 
 // Close closes all members at once: they don't inherit from each other.

@@ -54,6 +54,41 @@ func TestServeReturnsNil(t *testing.T) {
 	require.NoError(t, g.Close())
 }
 
+// A member that is closed while the group is served ends nobody else, and what
+// waits for it is served by its siblings.
+func TestServeGoesOnWhenAMemberCloses(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", m.opt)
+		serving, served := make(chan struct{}, 3), make(chan error, 1)
+		go func() {
+			served <- g.Serve(func(l net.Listener) error {
+				serving <- struct{}{}
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return err
+					}
+					go func() { // io.Copy would splice, by pipes that it keeps
+						b := make([]byte, 1)
+						io.ReadFull(c, b)
+						c.Write(b)
+						c.Close()
+					}()
+				}
+			})
+		}()
+		for range 3 {
+			<-serving
+		}
+		d := startLoad(4, "tcp", g.Addr().String())
+		require.NoError(t, ls[1].Close())
+		require.Eventually(t, func() bool { return d.served.Load() > int64(count(200, 20)) }, limit(20*time.Second), time.Millisecond)
+		d.end(t, false)
+		require.NoError(t, g.Close())
+		require.ErrorIs(t, <-served, net.ErrClosed)
+	})
+}
+
 // Members of a group that closes don't inherit from each other; a member that
 // somebody else opened on the address inherits from all.
 func TestGroupCloseLeavesTheRestToOthers(t *testing.T) {
