@@ -370,6 +370,8 @@ func (g *group) reserve(n int, cfg *config) error {
 		return fmt.Errorf("WithRequireKernel: %w: in this process the group of this address is balanced by the dispatcher", ErrUnsupported)
 	case cfg.pinnedSet && g.d != nil:
 		return fmt.Errorf("WithPinnedProgram: %w: in this process the group of this address is balanced by the dispatcher", ErrUnsupported)
+	case cfg.pinnedSet && (g.steering == SteerSource || g.steering == SteerLoad):
+		return fmt.Errorf("steering by %v is %w together with WithPinnedProgram: the address has one program", g.steering, ErrUnsupported)
 	case cfg.steering != g.steering:
 		return fmt.Errorf("steering by %v: in this process the group of this address is steered by %v", cfg.steering, g.steering)
 	case g.refs+n > limit:
