@@ -404,7 +404,8 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 		delete(h.wanted, f.id)
 		defer h.syncAll()
 		if s == nil {
-			if p.owns >= handoffMost || len(h.sockets) >= handoffSockets*handoffPeers || checkReceived(d, f.at) != nil {
+			// Descriptors are for this process's own connections first.
+			if p.owns >= handoffMost || len(h.sockets) >= handoffSockets*handoffPeers || isScarce(d.fd) || checkReceived(d, f.at) != nil {
 				reply(p, f.n, 0)
 				break
 			}
