@@ -105,7 +105,7 @@ type group struct {
 	noKernel error            // why the kernel doesn't balance; nil if it does
 	d        *dispatcher      // nil if the kernel balances
 	k        *kernelSteering  // nil if the dispatcher balances
-	pinned   bool             // a pinned program is in force
+	pinned   bool             // a pinned program is in force; guarded by mu
 	log      *slog.Logger     // of the member that opened it
 	lc       net.ListenConfig // of the same
 	handoff  string           // the path of the handoff, "" for none
@@ -532,12 +532,16 @@ func (g *group) add(ctx context.Context, n int, cfg *config, first []*socket) ([
 func (g *group) letKernelInherit(s *socket, cfg *config) error {
 	var done func()
 	var wont, err error
+	g.mu.Lock() // a program that steers must not come between
+	defer g.mu.Unlock()
 	if cerr := s.conn.Control(func(fd uintptr) { done, wont, err = letKernelInherit(fd, cfg.pinned) }); cerr != nil || err != nil {
 		return cmp.Or(err, cerr)
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.wont = wont
+	if cfg.pinnedSet {
+		g.pinned = true
+		g.k.replaced()
+	}
 	if done != nil {
 		g.undo = done
 	}
@@ -580,7 +584,7 @@ func (g *group) leave(members []*Listener, n int) error {
 	g.refs -= len(members) + n
 	if g.refs > 0 {
 		g.share(socks)
-		if g.k != nil && len(socks) > 0 {
+		if len(socks) > 0 { // else who opens the group may be setting k at this moment
 			g.k.changed()
 		}
 		g.mu.Unlock()

@@ -26,6 +26,30 @@ func TestPinnedProgramDoesNotReplaceSteering(t *testing.T) {
 	}
 }
 
+// A pinned program that a later member brings stays in force: what steers closed
+// members' sockets away would replace it, and then leave nothing.
+func TestPinnedProgramOfALaterMemberStays(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	path := pin(t)
+	g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", WithRequireKernel())
+	require.NoError(t, ls[2].Close())
+	g.g.k.tick()
+	inForce := func() bool {
+		g.g.mu.Lock()
+		defer g.g.mu.Unlock()
+		return !g.g.k.since.IsZero()
+	}
+	require.True(t, inForce(), "the socket of the closed member is steered away")
+	later, err := Listen("tcp", g.Addr().String(), WithPinnedProgram(path)) // adopts it
+	require.NoError(t, err)
+	require.NoError(t, ls[1].Close())
+	g.g.k.tick()
+	require.False(t, inForce(), "a program has replaced the pinned one")
+	require.NotZero(t, g.Info().OnKill&InheritKernel)
+	require.NoError(t, later.Close())
+}
+
 // No descriptor of the package goes to a program that this one executes: neither
 // listening sockets nor those of the handoff, of BPF and of looking again.
 func TestDescriptorsAreClosedOnExec(t *testing.T) {

@@ -150,6 +150,10 @@ func (k *kernelSteering) letGo(why error) {
 	})
 }
 
+// replaced notes that a pinned program took the place of ours. It is called under
+// group.mu.
+func (k *kernelSteering) replaced() { k.since, k.why = time.Time{}, nil }
+
 // attach makes new connections go to the owned sockets. It is called under
 // mirror.
 func (k *kernelSteering) attach(owned []*socket) error {

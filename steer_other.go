@@ -25,6 +25,7 @@ func (*kernelSteering) opened(*socket)               {}
 func (*kernelSteering) discard(s *socket)            { s.ln.Close() }
 func (*kernelSteering) changed()                     {}
 func (*kernelSteering) tick()                        {}
+func (*kernelSteering) replaced()                    {}
 func (*kernelSteering) onAccept() func(*net.TCPConn) { return nil }
 func (*kernelSteering) close()                       {}
 
