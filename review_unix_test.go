@@ -33,20 +33,16 @@ func flooded() {
 	must(setFileLimit(128))
 	w := newWire(c.(*net.UnixConn))
 	w.send(frame{kind: frameHello, n: 1<<16 | 1, process: newID(), at: place{network: helloName}}, nil)
-	const sockets = 200
-	for n := range sockets {
-		w.send(frame{kind: frameSocket, n: uint32(n + 1), id: newID(), at: place{network: "tcp", host: "::", port: 1}}, d)
-	}
 	kept := 0
-	for answers := 0; answers < sockets; {
-		f, d, err := w.read(limit(10 * time.Second))
-		must(err)
-		if d != nil {
-			d.release()
-		}
-		if f.kind == frameReply {
-			answers++
-			if f.flags&flagOK != 0 {
+	for n := range uint32(200) { // one after the other: the system limits descriptors on their way, too
+		w.send(frame{kind: frameSocket, n: n + 1, id: newID(), at: place{network: "tcp", host: "::", port: 1}}, d)
+		for answered := false; !answered; {
+			f, d, err := w.read(limit(10 * time.Second))
+			must(err)
+			if d != nil {
+				d.release()
+			}
+			if answered = f.kind == frameReply; answered && f.flags&flagOK != 0 {
 				kept++
 			}
 		}
