@@ -51,6 +51,9 @@ var (
 	pollEvery = 10 * time.Millisecond
 )
 
+// began is what a watch counts from: a clock that is set changes nothing.
+var began = time.Now()
+
 // A watch is a socket that no Accept blocks on.
 type watch struct {
 	s     *socket
@@ -59,7 +62,7 @@ type watch struct {
 
 	wanted bool // a new member is about to adopt it; guarded by g.mu
 
-	used  atomic.Int64  // when it was shared, or taken from last: Unix time in ns
+	used  atomic.Int64  // when it was shared, or taken from last: ns since began
 	ready atomic.Bool   // a connection waits; counted in g.ready
 	token sync.Mutex    // held by who takes, only ever tried by members; for ever once stopped
 	rearm chan struct{} // the socket was found empty
@@ -83,7 +86,7 @@ func (g *group) share(socks []*socket) {
 	marked := make([]bool, len(socks))
 	for i, s := range socks {
 		w := g.watch(s, nil)
-		w.used.Store(time.Now().UnixNano())
+		w.used.Store(int64(time.Since(began)))
 		marked[i] = w.readable() && w.mark()
 		shared = append(shared, w)
 	}
@@ -314,7 +317,7 @@ func (w *watch) take() (*net.TCPConn, error) {
 	}
 	w.s.ln.SetDeadline(time.Now().Add(takeTimeout))
 	c, err := w.s.ln.AcceptTCP()
-	w.used.Store(time.Now().UnixNano())
+	w.used.Store(int64(time.Since(began)))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = nil

@@ -116,11 +116,12 @@ var looking = struct {
 func keepCalling(wake int, quit *atomic.Bool) {
 	for next := time.Now().Add(lookAgainEvery); !quit.Load(); {
 		wait := time.Until(next).Milliseconds() + 1
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(wake), Events: unix.POLLIN}}, max(0, int(wait)))
+		fds := []unix.PollFd{{Fd: int32(wake), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, max(0, int(wait)))
 		switch {
-		case n > 0 || err == unix.EINTR:
+		case err == unix.EINTR || fds[0].Revents&unix.POLLIN != 0:
 			continue
-		case err != nil: // forbidden
+		case n != 0: // it is forbidden, or somebody has closed the descriptor
 			time.Sleep(lookAgainEvery)
 		}
 		next = time.Now().Add(lookAgainEvery)

@@ -253,7 +253,7 @@ func (k *kernelSteering) takeQuiet() *watch {
 	last := k.mirror.order[len(k.mirror.order)-1]
 	var quiet []*watch
 	for _, w := range *g.shared.Load() {
-		if !w.ready.Load() && !w.readable() && time.Since(time.Unix(0, w.used.Load())) >= retireAfter {
+		if !w.ready.Load() && !w.readable() && time.Since(began)-time.Duration(w.used.Load()) >= retireAfter {
 			quiet = append(quiet, w)
 		}
 	}
