@@ -549,7 +549,7 @@ func TestLastCloseWaitsForRetiring(t *testing.T) {
 	w := (*g.g.shared.Load())[0]
 	k.steer()
 	k.since = k.since.Add(-retireAfter)
-	w.used.Store(0)
+	w.used.Store(-int64(time.Hour))
 	g.g.mu.Unlock()
 	w.token.Lock() // as who looks into it
 	retired := make(chan struct{})
