@@ -31,19 +31,23 @@ const (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:50051", "`address` to listen on")
 	n := flag.Int("n", 4, "number of accept loops")
-	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes")
+	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes; default: none")
 	flag.Parse()
-	if err := serve(*addr, *n, *handoff); err != nil {
+	opt := lblisten.WithLB()
+	if *handoff != "" {
+		opt = lblisten.WithHandoff(*handoff)
+	}
+	if err := serve(*addr, *n, opt); err != nil {
 		fmt.Fprintln(os.Stderr, "grpc:", err)
 		os.Exit(1)
 	}
 }
 
-func serve(addr string, n int, handoff string) error {
+func serve(addr string, n int, opt lblisten.Option) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
-	g, err := lblisten.ListenGroup(ctx, "tcp", addr, n, lblisten.WithHandoff(handoff))
+	g, err := lblisten.ListenGroup(ctx, "tcp", addr, n, opt)
 	if err != nil {
 		return err
 	}

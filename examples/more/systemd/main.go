@@ -1,3 +1,5 @@
+//go:build linux
+
 // Systemd serves on a socket that systemd has opened (socket activation), with four
 // accept loops. systemd keeps the socket when the service stops or crashes, and what
 // comes meanwhile waits in it for the next one; so a restart loses nothing.
