@@ -8,7 +8,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,13 +24,13 @@ import (
 func TestMain(m *testing.M) { exampletest.Main(m, main) }
 
 // start starts a parent of n processes and returns their numbers.
-func start(t *testing.T, n int) (p *exampletest.Process, addr string, pids []int) {
+func start(t *testing.T, n int, args ...string) (p *exampletest.Process, addr string, pids []int) {
 	if runtime.GOOS == "aix" {
 		t.Skip("no WithHandoff on AIX")
 	}
 	addr = fmt.Sprintf("127.0.0.1:%d", exampletest.Port(t))
 	t.Setenv("TMPDIR", exampletest.Dir(t)) // a killed parent leaves its directory
-	p = exampletest.Start(t, "-addr", addr, "-n", strconv.Itoa(n))
+	p = exampletest.Start(t, append([]string{"-addr", addr, "-n", strconv.Itoa(n)}, args...)...)
 	for range n {
 		pids = append(pids, hear(t, p))
 	}
@@ -68,6 +70,26 @@ func TestReplacedUnderLoad(t *testing.T) {
 		}
 		return errors.Is(err, syscall.ECONNREFUSED)
 	}, exampletest.Limit(30*time.Second), 10*time.Millisecond)
+}
+
+// Another parent comes with the same path, and the first one goes, under load.
+func TestReplacedParent(t *testing.T) {
+	path := filepath.Join(exampletest.Dir(t), "handoff.sock")
+	p, addr, pids := start(t, 2, "-handoff", path)
+	load := exampletest.StartLoad(t, 8, "http://"+addr, func() *http.Transport { return new(http.Transport) })
+	load.Await(100)
+	next := exampletest.Start(t, "-addr", addr, "-n", "2", "-handoff", path)
+	pids = append(pids, hear(t, next), hear(t, next))
+	p.Stop(syscall.SIGTERM)
+	gone(t, pids[:2])
+	load.Await(100)
+	answered, by, failed := load.End()
+	t.Logf("%d requests answered by %v, %d failed", answered, by, len(failed))
+	if runtime.GOOS == "freebsd" { // a further socket may refuse the connections of the instant in which it opens
+		failed = slices.DeleteFunc(failed, func(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) })
+	}
+	require.Empty(t, failed)
+	next.Stop(syscall.SIGTERM)
 }
 
 // gone waits until the processes are.
