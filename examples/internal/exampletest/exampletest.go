@@ -22,10 +22,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-// variable makes a test binary the example. A process that Start has started ends
+// Variable of the environment makes a test binary the example. A process that Start has started ends
 // with its standard input, and so with the test. What it starts itself, doesn't.
 const (
-	variable = "LBLISTEN_EXAMPLE"
+	Variable = "LBLISTEN_EXAMPLE"
 	watched  = "watched"
 	free     = "free"
 )
@@ -33,9 +33,9 @@ const (
 // Main is for TestMain. It runs main in a process that Start has started, and the
 // tests in any other, after which no goroutine may be left.
 func Main(m *testing.M, main func()) {
-	switch os.Getenv(variable) {
+	switch os.Getenv(Variable) {
 	case watched:
-		os.Setenv(variable, free)
+		os.Setenv(Variable, free)
 		go func() {
 			io.Copy(io.Discard, os.Stdin)
 			os.Exit(3)
@@ -117,7 +117,7 @@ func Run(t testing.TB, cmd *exec.Cmd) *Process {
 	if cmd.Env == nil {
 		cmd.Env = os.Environ()
 	}
-	cmd.Env = append(cmd.Env, variable+"="+watched)
+	cmd.Env = append(cmd.Env, Variable+"="+watched)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

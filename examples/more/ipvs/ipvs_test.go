@@ -83,7 +83,7 @@ func TestIPVS(t *testing.T) {
 	exe, err := os.Executable()
 	require.NoError(t, err)
 	most := exampletest.Limit(time.Duration(*rounds) * 2 * time.Minute) // then it ends by itself
-	test := fmt.Sprintf("%s=1 LBLISTEN_TEST_SLOW=%s %s -test.run=TestInside -test.v -test.timeout=%v -rounds=%d -table=%t", insideVariable,
+	test := fmt.Sprintf("-u %s %s=1 LBLISTEN_TEST_SLOW=%s %s -test.run=TestInside -test.v -test.timeout=%v -rounds=%d -table=%t", exampletest.Variable, insideVariable,
 		os.Getenv("LBLISTEN_TEST_SLOW"), exe, most, *rounds, *table)
 	var cmd *exec.Cmd
 	if _, err := os.Stat("/proc/net/ip_vs"); err == nil && os.Getuid() == 0 {

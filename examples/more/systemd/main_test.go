@@ -77,7 +77,7 @@ func TestSocketActivate(t *testing.T) {
 		t.Skip("no systemd-socket-activate (Debian: systemd)")
 	}
 	addr := fmt.Sprintf("127.0.0.1:%d", exampletest.Port(t))
-	p := exampletest.Run(t, exec.Command(tool, "-E", "LBLISTEN_EXAMPLE", "-l", addr, exampletest.Command(t).Path))
+	p := exampletest.Run(t, exec.Command(tool, "-E", exampletest.Variable, "-l", addr, exampletest.Command(t).Path))
 	p.Hear("Listening on ")
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: exampletest.Limit(20 * time.Second)}
 	answer, err := exampletest.Get(client, "http://"+addr)
