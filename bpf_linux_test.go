@@ -534,3 +534,42 @@ func outOfEpoll(fd int) int {
 	}
 	return n
 }
+
+// A pinned program would take the place of the one that steers, and Info would
+// not know: a member that joins can't ask for it, as the first one can't.
+func TestPinnedProgramDoesNotReplaceSteering(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	path := pin(t)
+	for _, s := range []Steering{SteerSource, SteerLoad} {
+		g, _ := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(s))
+		_, err := Listen("tcp", g.Addr().String(), WithSteering(s), WithPinnedProgram(path))
+		require.ErrorIs(t, err, ErrUnsupported)
+		require.ErrorContains(t, err, "the address has one program")
+		require.NoError(t, g.Close())
+	}
+}
+
+// A pinned program that a later member brings stays in force: what steers closed
+// members' sockets away would replace it, and then leave nothing.
+func TestPinnedProgramOfALaterMemberStays(t *testing.T) {
+	needBPF(t)
+	noLeaks(t)
+	path := pin(t)
+	g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", WithRequireKernel())
+	require.NoError(t, ls[2].Close())
+	g.g.k.tick()
+	inForce := func() bool {
+		g.g.mu.Lock()
+		defer g.g.mu.Unlock()
+		return !g.g.k.since.IsZero()
+	}
+	require.True(t, inForce(), "the socket of the closed member is steered away")
+	later, err := Listen("tcp", g.Addr().String(), WithPinnedProgram(path)) // adopts it
+	require.NoError(t, err)
+	require.NoError(t, ls[1].Close())
+	g.g.k.tick()
+	require.False(t, inForce(), "a program has replaced the pinned one")
+	require.NotZero(t, g.Info().OnKill&InheritKernel)
+	require.NoError(t, later.Close())
+}

@@ -124,7 +124,7 @@ func TestConformance(t *testing.T) {
 	}
 	for _, w := range ways {
 		if w.ran > 0 {
-			t.Logf("conformance, %s, uid %d: %d scenarios, %d don't apply; %d connections dialled, %d lost, %d more where a row says that they are",
+			t.Logf("conformance, %s, uid %d: %d scenarios, %d don't apply; %d tried, %d lost, %d more where a row says that they are",
 				w.name, os.Getuid(), w.ran, w.skipped, w.dialled, w.lost, w.excused)
 		}
 		require.Zero(t, w.lost, w.name)

@@ -258,7 +258,7 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 					got++
 				}
 				require.NoError(t, g.Close())
-				t.Logf("%d connections, %d timeouts", got, timeouts)
+				t.Logf("%d tried, 0 lost; %d timeouts", got, timeouts)
 			})
 		}
 	}

@@ -171,7 +171,7 @@ func listenCallsFail() {
 		}
 		return n
 	}, 0)
-	fmt.Printf("%d Listens failed beside %d connections, %d lost\n", failed, d.served.Load(), d.failed.Load())
+	fmt.Printf("%d Listens failed beside %d tried, %d lost\n", failed, d.served.Load(), d.failed.Load())
 	if d.failed.Load() > 0 || failed < 15 {
 		panic(*d.firstErr.Load())
 	}
@@ -295,7 +295,7 @@ func acceptCallFails() {
 	n := calls.Load()
 	check(g.Close())
 	wg.Wait()
-	fmt.Printf("%d connections, %d lost; %d calls, injected %v, Accepts returned %v\n", d.served.Load(), d.failed.Load(), n, injected, got)
+	fmt.Printf("%d tried, %d lost; %d calls, injected %v, Accepts returned %v\n", d.served.Load(), d.failed.Load(), n, injected, got)
 	if d.failed.Load() > 0 || bad.Load() > 0 || len(got) != len(returned) {
 		panic(fmt.Sprintf("%d errors that weren't injected; %v", bad.Load(), d.firstErr.Load()))
 	}
@@ -376,7 +376,7 @@ func withoutPoll() {
 			panic("a goroutine is left")
 		}
 	}
-	fmt.Printf("%d connections, %d lost, all served within %v; %v of CPU time in 300 idle ms\n", 2*n, 2*n-served, took.Round(time.Millisecond), used.Round(time.Millisecond))
+	fmt.Printf("%d tried, %d lost, all served within %v; %v of CPU time in 300 idle ms\n", 2*n, 2*n-served, took.Round(time.Millisecond), used.Round(time.Millisecond))
 	if served != 2*n || used > 150*time.Millisecond {
 		panic("")
 	}
@@ -413,7 +413,7 @@ func TestPinnedProgramWhereBPFIsForbidden(t *testing.T) {
 		n := answer(t, acceptWithin(t, ls[0]))
 		wantAnswer(t, clients[n], n)
 	}
-	t.Logf("%d connections, 0 lost", len(clients))
+	t.Logf("%d tried, 0 lost", len(clients))
 }
 
 // inNamespaces runs the test once more, in namespaces of its own, and returns
@@ -519,7 +519,7 @@ func TestAddressComesAndGoes(t *testing.T) {
 		require.NoError(t, g.Close())
 		wg.Wait()
 		setAddress(t, "lo:7", nil, 0)
-		t.Logf("%s: %d connections waited while the address was gone, %d lost", m.name, len(conns), len(conns)-served)
+		t.Logf("%s: while the address was gone, %d tried, %d lost", m.name, len(conns), len(conns)-served)
 		require.Equal(t, len(conns), served)
 	})
 }
@@ -568,7 +568,7 @@ func TestSYNFlood(t *testing.T) {
 		require.NoError(t, g.Close())
 		wg.Wait()
 		cookies := netstat(t, "TcpExt", "SyncookiesSent") - before
-		t.Logf("%s: %d connections, 0 lost, beside %d SYNs of the flood; the kernel sent %d cookies to both", m.name, d.served.Load(), n, cookies)
+		t.Logf("%s: %d tried, 0 lost, beside %d SYNs of the flood; the kernel sent %d cookies to both", m.name, d.served.Load(), n, cookies)
 		require.NotZero(t, cookies, "the flood did nothing")
 	})
 }
@@ -646,7 +646,7 @@ func TestHandoffDiskFullWhileRunning(t *testing.T) {
 		servers[1].becomes(func(r serverReport) bool { return strings.Contains(r.Reason, "no space left on device") })
 		servers[1].ask("accept")
 		served := answered(conns)
-		t.Logf("%s: %d connections, %d lost", m.name, n, n-served)
+		t.Logf("%s: %d tried, %d lost", m.name, n, n-served)
 		require.Equal(t, n, served)
 		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "nr_inodes=100,mode=700"))
 		for _, s := range append(servers[1:], startServer(t, job)) {
@@ -690,7 +690,7 @@ func TestHandoffReadOnly(t *testing.T) {
 	servers[0].kill()
 	servers[1].ask("accept")
 	served := answered(conns)
-	t.Logf("%d connections, %d lost", n, n-served)
+	t.Logf("%d tried, %d lost", n, n-served)
 	require.Equal(t, n, served)
 }
 
@@ -730,7 +730,7 @@ func TestHandoffOfOtherClocks(t *testing.T) {
 			servers[dead].kill()
 			servers[1-dead].ask("accept")
 			served := answered(conns)
-			t.Logf("%s: %d connections, %d lost", m.name, n, n-served)
+			t.Logf("%s: %d tried, %d lost", m.name, n, n-served)
 			require.Equal(t, n, served)
 			for _, c := range conns {
 				c.Close()

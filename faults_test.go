@@ -197,7 +197,7 @@ func TestMemberThatNeverAccepts(t *testing.T) {
 		}
 		require.NoError(t, g.Close())
 		wg.Wait()
-		t.Logf("%d connections, %d lost", n, n-int(accepted.Load()))
+		t.Logf("%d tried, %d lost", n, n-int(accepted.Load()))
 		require.EqualValues(t, n, accepted.Load())
 	})
 }
@@ -244,7 +244,7 @@ func TestFullQueue(t *testing.T) {
 				clients.Wait()
 				g.Close()
 				wg.Wait()
-				t.Logf("backlog %d: %d connections, %d waited in full queues, %d tries were refused, %d lost", backlog, n, queued, refused.Load(), n-int(served.Load()))
+				t.Logf("backlog %d: %d tried, %d lost; %d waited in full queues, %d tries were refused", backlog, n, n-int(served.Load()), queued, refused.Load())
 				if int(served.Load()) != n {
 					t.Errorf("%d of %d were served", served.Load(), n)
 				}
@@ -282,7 +282,7 @@ func TestResetBeforeAccept(t *testing.T) {
 		}
 		require.NoError(t, g.Close())
 		wg.Wait()
-		t.Logf("%d connections beside %d that were reset, %d lost; %d accepted", n, n, n-served, accepted.Load())
+		t.Logf("%d tried, %d lost, beside %d that were reset; %d accepted", n, n-served, n, accepted.Load())
 		require.Equal(t, n, served)
 		require.LessOrEqual(t, int(accepted.Load()), 2*n)
 	})
@@ -346,7 +346,7 @@ func TestPanicInServe(t *testing.T) {
 				require.NoError(t, g.Close())
 				require.ErrorIs(t, <-ended, net.ErrClosed)
 				wg.Wait()
-				t.Logf("%d connections, %d died in a panic, %d lost", n, died, n-served-int(died))
+				t.Logf("%d tried, %d lost; %d died in a panic", n, n-served-int(died), died)
 				require.Equal(t, n, served+int(died))
 			})
 		})

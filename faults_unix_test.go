@@ -127,7 +127,7 @@ func busyWithoutDescriptors() {
 	}
 	must(g.Close())
 	wg.Wait()
-	fmt.Printf("%d connections, %d lost; %d errors and %v of CPU time in %v without descriptors\n",
+	fmt.Printf("%d tried, %d lost; %d errors and %v of CPU time in %v without descriptors\n",
 		clients, clients-accepted.Load(), errs, used.Round(time.Millisecond), took.Round(time.Millisecond))
 }
 
@@ -199,7 +199,7 @@ func TestStoppedProcess(t *testing.T) {
 			require.NoError(t, stopped.Process.Signal(syscall.SIGCONT))
 		}
 		served := answered(conns)
-		t.Logf("%d connections, %d lost", n, n-served)
+		t.Logf("%d tried, %d lost", n, n-served)
 		require.Equal(t, n, served)
 		for _, c := range conns {
 			c.Close()
@@ -360,7 +360,7 @@ func TestHandoffDirectoryVanishes(t *testing.T) {
 		servers[1].ask("accept")
 		servers[2].ask("accept")
 		served := answered(more)
-		t.Logf("%d connections, %d lost; one of three processes was killed while the directory was gone", 2*n, n-served)
+		t.Logf("%d tried, %d lost; one of three processes was killed while the directory was gone", 2*n, n-served)
 		require.Equal(t, n, served)
 	})
 }
@@ -424,7 +424,7 @@ func TestHandoffHubStopsWhileSomebodyJoins(t *testing.T) {
 			}
 		}
 		served := answered(conns)
-		t.Logf("%d times, of which it listened %d times; Listen took %v at most; %d connections, %d lost", len(sets), len(groups), took.Round(time.Millisecond), len(conns), len(conns)-served)
+		t.Logf("%d times, of which it listened %d times; Listen took %v at most; %d tried, %d lost", len(sets), len(groups), took.Round(time.Millisecond), len(conns), len(conns)-served)
 		for _, c := range conns {
 			c.Close()
 		}
@@ -506,7 +506,7 @@ func TestHandoffHubStopsAtAClaim(t *testing.T) {
 		c := acceptWithin(t, ln)
 		c.Close()
 	}
-	t.Logf("%d connections, 0 lost", len(clients))
+	t.Logf("%d tried, 0 lost", len(clients))
 	require.NoError(t, ln.Close())
 }
 
@@ -562,7 +562,7 @@ func TestHandoffTimeToInherit(t *testing.T) {
 				heir.close()
 			}
 			slices.Sort(took)
-			t.Logf("from the kill to the first answer: %v in the median of %d, %v to %v; %d connections waited, %d lost", took[len(took)/2], len(took), took[0], took[len(took)-1], tried, lost)
+			t.Logf("from the kill to the first answer: %v in the median of %d, %v to %v; %d tried, %d lost", took[len(took)/2], len(took), took[0], took[len(took)-1], tried, lost)
 			require.Zero(t, lost)
 		})
 	}

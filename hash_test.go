@@ -2,9 +2,13 @@ package lblisten
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -129,3 +133,29 @@ func FuzzAddress(f *testing.F) {
 		require.Equal(t, at, again)
 	})
 }
+
+// Another process hashes the same flow to another key: who doesn't see the key
+// of the hash can't choose a port by the member that it leads to.
+func TestHashHasARandomKey(t *testing.T) {
+	if runtime.GOOS == "js" || runtime.GOOS == "wasip1" {
+		t.Skip("no processes")
+	}
+	self, err := os.Executable()
+	require.NoError(t, err)
+	keys := make(map[string]bool)
+	for range 2 {
+		cmd := exec.Command(self)
+		cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=flowKey", "GORACE=atexit_sleep_ms=0")
+		out, err := cmd.Output()
+		require.NoError(t, err)
+		keys[string(out)] = true
+	}
+	require.Len(t, keys, 2)
+}
+
+type flowOf struct{ net.Conn }
+
+func (flowOf) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+func (flowOf) LocalAddr() net.Addr  { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2} }
+
+func init() { workers["flowKey"] = func() { fmt.Println(flowKey(flowOf{})) } }

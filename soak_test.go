@@ -217,8 +217,8 @@ func (t *totals) add(cs *clients, operations int) {
 }
 
 func (t *totals) String() string {
-	return fmt.Sprintf("%d operations; %d connections served, %d reset by their clients, %d ended while nobody listened, %d died with a process, %d lost",
-		t.operations, t.served, t.reset, t.ended, t.died, t.lost)
+	return fmt.Sprintf("%d operations; %d tried, %d lost; %d were reset by their clients, %d ended while nobody listened, %d died with a process",
+		t.operations, t.served+t.reset+t.ended+t.died+t.lost, t.lost, t.reset, t.ended, t.died)
 }
 
 // echoNumber answers a client: it calls got with its number before that, if it
