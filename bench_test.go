@@ -75,15 +75,19 @@ func BenchmarkAccept(b *testing.B) {
 	}
 }
 
-// Accept allocates what net's Accept does, and adds no goroutine.
+// Accept allocates what net's Accept does, and adds no goroutine: five listeners
+// have at most the one that a process has.
 func TestAcceptAddsNoAllocationAndNoGoroutine(t *testing.T) {
 	cost := func(listen func() (net.Listener, error)) (allocs uint64, goroutines int) {
 		before := runtime.NumGoroutine()
-		ln, err := listen()
-		if err != nil {
-			t.Skip(err)
+		var ln net.Listener
+		var err error
+		for range 5 {
+			if ln, err = listen(); err != nil {
+				t.Skip(err)
+			}
+			defer ln.Close()
 		}
-		defer ln.Close()
 		allocs = 1 << 60
 		for range 5 { // the runtime allocates in the background now and then
 			clients := fill(t, ln)
@@ -118,7 +122,9 @@ func TestAcceptAddsNoAllocationAndNoGoroutine(t *testing.T) {
 				more = prefill // under the race detector a sync.Pool forgets some
 			}
 			require.LessOrEqual(t, allocs, want+more)
-			require.LessOrEqual(t, goroutines, 0) // one of an earlier test may have ended meanwhile
+			// At most that of the process which looks again, on Linux; one of an
+			// earlier test may have ended meanwhile.
+			require.LessOrEqual(t, goroutines, 1)
 		})
 	}
 }

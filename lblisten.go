@@ -61,7 +61,7 @@
 // socket under saturation, so inside a process sockets are inherited as
 // everywhere. Kernels before the fix of 2026 ("tcp: call sk_data_ready() after
 // listener migration") don't wake the heir: waiting Accepts look at their sockets once a
-// second.
+// second, for which a process has one goroutine, with a thread that sleeps.
 //
 // [SteerLoad] takes CAP_BPF too where the kernel balances; the other steerings, and
 // all of the dispatcher's, take no privilege.
