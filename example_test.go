@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,16 +54,28 @@ func Example() {
 		slog.Error("cannot listen", "error", err)
 		return
 	}
-	srv := &http.Server{Handler: http.NotFoundHandler()}
-	go func() {
-		<-ctx.Done()
-		g.Close()                          // from here on the other processes accept
-		time.Sleep(100 * time.Millisecond) // for requests of connections that were accepted last
-		srv.Shutdown(context.Background())
-	}()
-	if err := g.Serve(srv.Serve); err != nil && ctx.Err() == nil {
+	var stopping atomic.Bool
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if stopping.Load() {
+			w.Header().Set("Connection", "close") // a busy client goes to another process
+		}
+		fmt.Fprintln(w, "hello")
+	})}
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(srv.Serve) }()
+	select {
+	case err := <-served:
 		slog.Error("cannot serve", "error", err)
+		return
+	case <-ctx.Done():
 	}
+	g.Close() // from here on the other processes accept
+	<-served
+	stopping.Store(true)
+	time.Sleep(250 * time.Millisecond) // for requests of connections that were accepted last
+	last, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	srv.Shutdown(last)
 }
 
 func ExampleListen() {

@@ -722,7 +722,7 @@ func (g *group) info() Info {
 	if g.d != nil {
 		i.Balancer, i.Sockets = BalancerDispatcher, 1
 		if alone != nil {
-			i.Reason = errors.Join(g.noKernel, alone)
+			i.Reason = inOneLine(g.noKernel, alone)
 		}
 		return i
 	}
@@ -737,8 +737,21 @@ func (g *group) info() Info {
 		i.OnClose |= InheritKernel
 		i.OnKill |= InheritKernel
 	}
-	i.Reason = errors.Join(unsteered, why, alone)
+	i.Reason = inOneLine(unsteered, why, alone)
 	return i
+}
+
+// inOneLine joins errors as errors.Join does, for a line of a log.
+func inOneLine(errs ...error) (all error) {
+	for _, err := range errs {
+		switch {
+		case all == nil:
+			all = err
+		case err != nil:
+			all = fmt.Errorf("%w; %w", all, err)
+		}
+	}
+	return all
 }
 
 // conns returns all sockets of the group.
