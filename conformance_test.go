@@ -688,6 +688,7 @@ var conformance = []scenario{
 		}
 	}},
 	{name: "clients that were reset in the queue hold up nobody", do: func(t *trial) {
+		t.only(runtime.GOOS != "windows", resetOnWindows)
 		ls := t.group(3)
 		var clients []client
 		for range 16 {

@@ -253,10 +253,17 @@ func TestFullQueue(t *testing.T) {
 	})
 }
 
+// resetOnWindows: package net returns its own error then, and these tests' loops
+// end at one.
+const resetOnWindows = "under wine, Accept fails with WSAENOTCONN for a connection that its client has reset, also net's"
+
 // Clients that reset their connections before these are accepted, with and
 // without data, end no Accept and cost no other client its connection, also in
 // a queue that is inherited.
 func TestResetBeforeAccept(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip(resetOnWindows)
+	}
 	inModes(t, func(t *testing.T, m mode) {
 		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", m.opt)
 		n := count(200, 20)
