@@ -52,7 +52,7 @@ func main() {
 	total := count{}
 	for i, line := range out {
 		m := row.FindStringSubmatch(line)
-		if m == nil {
+		if m == nil || !names.MatchString(m[1]) {
 			continue
 		}
 		var c count
