@@ -240,7 +240,8 @@ func measureAcceptInterleaved(opt *options, t *Table) error {
 	}
 	longer := *opt
 	if !opt.quick {
-		longer.blocks = 41 // the medians of fewer scatter by more than they are from the bar
+		// The medians of less scatter by more than they are from the bar.
+		longer.blocks, longer.blockCPU = 41, 2*opt.blockCPU
 	}
 	c, err := compare(&longer, probes)
 	if err != nil {

@@ -6,6 +6,7 @@ package main
 import (
 	"math/rand/v2"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"time"
@@ -38,6 +39,82 @@ func (ln *instant) Accept() (net.Conn, error)   { return ln.conns[rand.Uint32()%
 func (ln *instant) Close() error                { return nil }
 func (ln *instant) SetDeadline(time.Time) error { return nil }
 func (ln *instant) Addr() net.Addr              { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 80} }
+
+// limited returns so many connections as it is let to, and then waits.
+type limited struct {
+	*instant
+	mu      sync.Mutex
+	changed sync.Cond
+	left    int
+	past    bool // the deadline
+}
+
+func (ln *limited) Accept() (net.Conn, error) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	for ln.left == 0 && !ln.past {
+		ln.changed.Wait()
+	}
+	if ln.past {
+		return nil, os.ErrDeadlineExceeded
+	}
+	ln.left--
+	return ln.instant.Accept()
+}
+
+func (ln *limited) SetDeadline(t time.Time) error {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.past = !t.IsZero() && time.Until(t) <= 0
+	ln.changed.Broadcast()
+	return nil
+}
+
+func (ln *limited) let(n int) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	ln.left = n
+	ln.changed.Broadcast()
+}
+
+// choice is a batch of connections to n members that all wait, one connection
+// after the other, and what ends it.
+func choice(n int) (batch func() (time.Duration, int, error), done func(), err error) {
+	ln := &limited{instant: newInstant()}
+	ln.changed.L = &ln.mu
+	g, err := lblisten.Dispatch(ln, n)
+	if err != nil {
+		return nil, nil, err
+	}
+	accepted := make(chan struct{})
+	served := make(chan error, 1)
+	go func() {
+		served <- g.Serve(func(ln net.Listener) error {
+			for {
+				if _, err := ln.Accept(); err != nil {
+					return err
+				}
+				accepted <- struct{}{}
+			}
+		})
+	}()
+	return func() (time.Duration, int, error) {
+			const each = 1 << 11
+			began := processCPU()
+			for range each {
+				ln.let(1)
+				select {
+				case <-accepted:
+				case err := <-served:
+					return 0, 0, err
+				}
+			}
+			return processCPU() - began, each, nil
+		}, func() {
+			g.Close()
+			<-served
+		}, nil
+}
 
 // acceptEach lets each listener's goroutine accept n connections.
 func acceptEach(lns []net.Listener, n int) error {
@@ -73,7 +150,7 @@ func acceptSome(ln net.Listener, n int) error {
 
 func measureDispatchOverhead(opt *options, t *Table) error {
 	t.About = "What lblisten.Dispatch adds to a listener that returns a connection at once, without a system call: CPU time of the process and allocations for each Accept. " +
-		"Four members with one goroutine: the other three are busy. With four goroutines, each member has one that waits."
+		"Four members with one goroutine: the other three are busy. With four goroutines, each member has one."
 	t.Key, t.Columns = "Dispatch", []string{"ns of CPU", "ns added", "allocs added"}
 	direct := newInstant()
 	type setup struct {

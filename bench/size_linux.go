@@ -86,7 +86,7 @@ func joinAndLeave(n int, option lblisten.Option) (join, leave, again float64, er
 
 func measureMembers(opt *options, t *Table) error {
 	t.About = "One more member joins, leaves, and joins again (which adopts the socket that was left): elapsed time; with one member that opens the group and ends it. Accept by one goroutine that goes through all members' queues: thread CPU. " +
-		"Choice: Dispatch of a listener without system calls whose members all wait: process CPU. " +
+		"Choice: Dispatch of a listener without system calls, whose members all wait, one connection at a time, so that a goroutine or two have to be woken for each: process CPU. " +
 		"The growth is the slope from 16 to 256 members in double logarithmic scale: 0 is constant, 1 is linear."
 	t.Key = "members"
 	sizes := powers(256)
@@ -128,21 +128,12 @@ func measureMembers(opt *options, t *Table) error {
 	}
 	var probes []probe
 	for _, n := range sizes {
-		g, err := lblisten.Dispatch(newInstant(), n)
+		choose, done, err := choice(n)
 		if err != nil {
 			return err
 		}
-		defer g.Close()
-		var lns []net.Listener
-		for _, l := range g.Listeners() {
-			lns = append(lns, l)
-		}
-		const batch = 1 << 14
-		probes = append(probes, probe{fmt.Sprint(n), func() (time.Duration, int, error) {
-			began := processCPU()
-			err := acceptEach(lns, batch/len(lns))
-			return processCPU() - began, batch, err
-		}})
+		defer done()
+		probes = append(probes, probe{fmt.Sprint(n), choose})
 	}
 	c, err := compare(&accept, probes)
 	if err != nil {

@@ -21,13 +21,10 @@ type probe struct {
 // costs are nanoseconds for each time, by probe and block.
 type costs [][]float64
 
-// turn is how many batches of a probe are measured at a time, after one that
-// isn't: with a dozen others in between, the first finds the caches cold, and what
-// all have to do weighs more than what they differ in.
-const turn = 3
-
-// interleave measures all probes in random order, again and again. A block ends
-// when each of them has used perBlock: a cheap one gets more batches.
+// interleave measures all probes in random order, again and again: one batch each,
+// because what else the machine does is much the same for some tenths of a second
+// only. A block ends when each of them has used perBlock: a cheap one gets more
+// batches.
 func interleave(probes []probe, blocks int, perBlock time.Duration) (costs, error) {
 	all := make(costs, len(probes))
 	for range blocks {
@@ -38,16 +35,12 @@ func interleave(probes []probe, blocks int, perBlock time.Duration) (costs, erro
 				if round > 0 && cpu[i] >= perBlock {
 					continue
 				}
-				for b := range turn + 1 {
-					took, count, err := probes[i].batch()
-					if err != nil {
-						return nil, named(probes[i].name, err)
-					}
-					if b > 0 {
-						cpu[i] += took
-						n[i] += count
-					}
+				took, count, err := probes[i].batch()
+				if err != nil {
+					return nil, named(probes[i].name, err)
 				}
+				cpu[i] += took
+				n[i] += count
 			}
 		}
 		for i := range probes {
