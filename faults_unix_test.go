@@ -445,6 +445,67 @@ func TestHandoffHubStopsWhileSomebodyJoins(t *testing.T) {
 	})
 }
 
+// leftSocket is a balanced socket from which nobody accepts, and what sends it as
+// a hub does.
+func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)) {
+	t.Helper()
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return control(c, joinKernelGroup) }}
+	lc.SetMultipathTCP(false)
+	left, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { left.Close() })
+	at = place{"tcp4", "127.0.0.1", left.Addr().(*net.TCPAddr).Port}
+	conn, err := left.(*net.TCPListener).SyscallConn()
+	require.NoError(t, err)
+	return left, at, func(p rawPeer) {
+		must(control(conn, func(fd uintptr) error {
+			d, err := duplicate(fd)
+			if err == nil {
+				p.send(frame{kind: frameSocket, id: newID(), at: at, sub: at.network, flags: flagBalanced}, d)
+				d.release()
+			}
+			return err
+		}))
+	}
+}
+
+// What a hub sends is shared when it has told everything, or goes: before that it
+// holds it, and this process may be short of descriptors.
+func TestHandoffHubTellsHalf(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	path := handoffPath(t)
+	left, at, sendLeft := leftSocket(t)
+	clients := queueUp(t, left.Addr(), 20)
+	told, goes := make(chan struct{}), make(chan struct{})
+	leave := sync.OnceFunc(func() { close(goes) })
+	defer leave()
+	sessions := 0
+	fakeHub(t, path, func(p rawPeer) {
+		p.expect(frameHello)
+		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
+		p.expect(frameSynced)
+		if sessions++; sessions == 2 { // the first one made it serve everything
+			sendLeft(p)
+			close(told)
+			<-goes
+		}
+		p.c.Close()
+	})
+	ln, err := Listen("tcp4", at.String(), WithHandoff(path))
+	require.NoError(t, err)
+	<-told
+	time.Sleep(limit(100 * time.Millisecond))
+	require.Equal(t, 1, ln.(*Listener).Info().Sockets)
+	leave()
+	for range clients {
+		c := acceptWithin(t, ln)
+		c.Close()
+	}
+	require.Equal(t, 2, ln.(*Listener).Info().Sockets)
+	require.NoError(t, ln.Close())
+}
+
 // A hub that stops when it is asked for a socket that a newcomer wants to adopt
 // delays Listen by a second at most; the newcomer opens a socket of its own, and
 // serves the other too while nobody is known to.
@@ -452,14 +513,7 @@ func TestHandoffHubStopsAtAClaim(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
 	path := handoffPath(t)
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return control(c, joinKernelGroup) }}
-	lc.SetMultipathTCP(false)
-	left, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0") // nobody accepts from it
-	require.NoError(t, err)
-	defer left.Close()
-	at := place{"tcp4", "127.0.0.1", left.Addr().(*net.TCPAddr).Port}
-	conn, err := left.(*net.TCPListener).SyscallConn()
-	require.NoError(t, err)
+	left, at, sendLeft := leftSocket(t)
 	clients := queueUp(t, left.Addr(), 20)
 	claimed := make(chan struct{})
 	fakeHub(t, path, func(p rawPeer) {
@@ -480,14 +534,7 @@ func TestHandoffHubStopsAtAClaim(t *testing.T) {
 			case frameOn:
 				if !told {
 					told = true
-					must(control(conn, func(fd uintptr) error {
-						d, err := duplicate(fd)
-						if err == nil {
-							p.send(frame{kind: frameSocket, id: newID(), at: at, sub: at.network, flags: flagBalanced}, d)
-							d.release()
-						}
-						return err
-					}))
+					sendLeft(p)
 				}
 				p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
 			case frameOwner:

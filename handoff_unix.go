@@ -807,6 +807,9 @@ func (h *handoff) settle() {
 		if g == nil || p.mine || p.refused || !p.balanced || g.d != nil {
 			continue
 		}
+		if p.fresh && h.w != nil {
+			continue // the hub holds it, and this process may not be able to
+		}
 		// A claim of this process becomes its own only with the answer.
 		switch free := h.alone || p.owner == (processID{}) || p.owner == h.process; {
 		case free && !p.shared && listens(p.d):
