@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 const (
@@ -71,11 +72,11 @@ func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
 		return nil, err
 	}
 	most := d.burst + 1000
-	if n := (fileLimit() - spareFiles) / 2; n < most {
+	if n := (child.FileLimit() - spareFiles) / 2; n < most {
 		most = max(n, 1)
 		d.notes = append(d.notes, fmt.Sprintf("At most %d connections at a time, because of the limit of open files.", most))
 	}
-	if !canFreeze {
+	if !child.CanFreeze {
 		d.notes = append(d.notes, "What a killed worker had accepted is known here by its records only: "+
 			"after a kill, lost is an upper bound and died a lower one.")
 	}

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 // slow is what time limits are multiplied by, as in the package's own tests.
@@ -207,7 +208,7 @@ func TestKill(t *testing.T) {
 	for _, l := range s.Log {
 		t.Log(l.At, l.Text)
 	}
-	require.Equal(t, canFreeze, ours.Exact)
+	require.Equal(t, child.CanFreeze, ours.Exact)
 	if ours.Exact {
 		require.Zero(t, ours.Tally.Lost)
 	} else {

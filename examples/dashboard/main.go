@@ -80,7 +80,7 @@ func main() {
 // run runs the dashboard until the context ends, and leaves nothing behind. It
 // calls ready with the address of the page.
 func run(ctx context.Context, s settings, ready func(url string)) (err error) {
-	// A worker dies with the thread that started it (dieWithParent).
+	// A worker dies with the thread that started it (child.DieWithParent).
 	runtime.LockOSThread()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 // obedience is how long a worker may take to obey an order.
@@ -42,7 +44,7 @@ func start(j job, accepted func(listener, port int, at int64)) (*process, report
 	p := &process{cmd: exec.Command(exe), reports: make(chan report, 4), ended: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), jobVariable+"="+string(text))
 	p.cmd.Stderr = os.Stderr
-	p.cmd.SysProcAttr = dieWithParent
+	p.cmd.SysProcAttr = child.DieWithParent
 	if p.orders, err = p.cmd.StdinPipe(); err != nil {
 		return nil, report{}, err
 	}

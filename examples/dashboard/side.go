@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 const (
@@ -218,7 +220,7 @@ func (s *side) kill(i int) error {
 	s.mu.Lock()
 	addr := s.job.Addr
 	s.mu.Unlock()
-	held, err := freeze(p.cmd.Process.Pid, addr)
+	held, err := child.Freeze(p.cmd.Process.Pid, addr)
 	now := time.Now().UnixNano()
 	s.mu.Lock()
 	for _, port := range held {

@@ -42,10 +42,12 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 // settings are the flags. A worker gets the same command line as its parent,
@@ -88,6 +90,7 @@ func main() {
 	if job, ok := os.LookupEnv(jobVariable); ok {
 		os.Exit(work(job, s))
 	}
+	runtime.LockOSThread() // a worker dies with the thread that started it (child.DieWithParent)
 	kept, err := demo(s)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
@@ -110,7 +113,7 @@ func demo(s settings) (kept bool, err error) {
 		progress = os.Stderr
 	}
 	e := &experiment{settings: s, progress: progress}
-	if limit := fileLimit() - spareFiles; s.conns > limit {
+	if limit := child.FileLimit() - spareFiles; s.conns > limit {
 		e.conns = max(limit, 1)
 		fmt.Fprintf(progress, "note: %d connections in a round instead of %d, because of the limit of open files\n", e.conns, s.conns)
 	}

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 // obedience is how long a worker may take to obey an order.
@@ -50,7 +52,7 @@ func startWorker(by, addr, path string) (*process, error) {
 		reports: make(chan report, 4), ended: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), jobVariable+"="+by+" "+addr+" "+path)
 	p.cmd.Stderr = os.Stderr
-	p.cmd.SysProcAttr = dieWithParent
+	p.cmd.SysProcAttr = child.DieWithParent
 	if p.orders, err = p.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -133,9 +135,12 @@ func (p *process) stop() error {
 
 // kill kills the worker and returns when it is gone.
 func (p *process) kill() error {
-	held, err := freeze(p.cmd.Process.Pid, p.last.Addr)
-	if err != nil {
-		return err
+	var held []int
+	if child.CanFreeze { // else what it has accepted and not recorded counts as lost
+		var err error
+		if held, err = child.Freeze(p.cmd.Process.Pid, p.last.Addr); err != nil {
+			return err
+		}
 	}
 	if err := p.cmd.Process.Kill(); err != nil {
 		return err

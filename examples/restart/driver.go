@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 const (
@@ -171,7 +172,7 @@ func (f *fleet) stopOldest() error {
 // has accepted.
 func (f *fleet) killOldest() error {
 	s := f.servers[0]
-	ports, err := freeze(s.cmd.Process.Pid, f.addr)
+	ports, err := child.Freeze(s.cmd.Process.Pid, f.addr)
 	if err != nil {
 		return fmt.Errorf("freezing a server: %w", err)
 	}
@@ -206,7 +207,7 @@ func startServer(addr, path string) (*server, error) {
 	s := &server{cmd: exec.Command(exe), lines: make(chan string, 1000), ended: make(chan struct{})}
 	s.cmd.Env = append(os.Environ(), addrVariable+"="+addr, handoffVariable+"="+path, drivenVariable+"=1")
 	s.cmd.Stderr = os.Stderr
-	s.cmd.SysProcAttr = dieWithDriver
+	s.cmd.SysProcAttr = child.DieWithParent
 	if _, err := s.cmd.StdinPipe(); err != nil { // closed with the driver
 		return nil, err
 	}

@@ -33,7 +33,10 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
+
+	"github.com/lblisten/lblisten/examples/internal/child"
 )
 
 const (
@@ -75,7 +78,7 @@ func parseFlags() (settings, error) {
 		return s, fmt.Errorf("-order %q: ask for %s or %s", s.order, newFirst, oldFirst)
 	case s.kill < 0:
 		return s, fmt.Errorf("-kill %d: ask for 0 or more", s.kill)
-	case s.kill > 0 && !canFreeze:
+	case s.kill > 0 && !child.CanFreeze:
 		return s, errors.New("-kill: only Linux tells what a killed server had accepted")
 	case flag.NArg() > 0:
 		return s, fmt.Errorf("what is %q? see -help", flag.Arg(0))
@@ -105,6 +108,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	runtime.LockOSThread() // a server dies with the thread that started it (child.DieWithParent)
 	if err := drive(ctx, s); err != nil {
 		if ctx.Err() != nil {
 			err = errors.New("interrupted")

@@ -1,16 +1,10 @@
-package main
-
-// To be exact about a killed worker: what had it accepted? Its records miss a
-// connection if it dies between the two. So it is stopped first, and the kernel
-// is asked. That takes some milliseconds in which its queues fill: more is at
-// stake than without.
+package child
 
 import (
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,30 +13,41 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dieWithParent is for the moments in which a worker is stopped, and can't see
-// that its standard input has ended.
-var dieWithParent = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+// CanFreeze tells whether this system tells what a process has accepted.
+const CanFreeze = true
 
-// The parent is, to the kernel, the thread that started the child: the main
-// goroutine stays on the main thread, which ends with the process.
-func init() { runtime.LockOSThread() }
+// stopTime is how long a process may take to stop.
+const stopTime = 10 * time.Second
 
-// freeze stops a process and returns the client ports of the connections to
-// addr that it has accepted, some of them twice: /proc/net/tcp is like that while
-// connections come and go.
-func freeze(pid int, addr string) (ports []int, err error) {
+// DieWithParent is for the moments in which a child is stopped, and can't see that
+// its standard input has ended. The parent is, to the kernel, the thread that
+// started it: start children by a goroutine that is locked to its thread.
+var DieWithParent = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+
+// Freeze stops a process and returns the client ports of the connections to addr,
+// a literal IPv4 address and port, that it has accepted, some of them twice.
+func Freeze(pid int, addr string) (ports []int, err error) {
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		return nil, os.NewSyscallError("kill", err)
 	}
 	// The kernel reports the stop when the last thread has stopped.
-	for deadline := time.Now().Add(obedience); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(stopTime); ; time.Sleep(time.Millisecond) {
 		var info unix.Siginfo
 		err := unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG, nil)
 		switch {
 		case err != nil && err != unix.EINTR:
 			return nil, os.NewSyscallError("waitid", err)
 		case err == nil && info.Signo != 0:
-			return accepted(pid, addr)
+			// The list of a table that changes meanwhile can miss a line. What a
+			// stopped process holds doesn't change, so twice is enough.
+			for range 2 {
+				more, err := accepted(pid, addr)
+				if err != nil {
+					return nil, err
+				}
+				ports = append(ports, more...)
+			}
+			return ports, nil
 		case time.Now().After(deadline):
 			return nil, fmt.Errorf("process %d does not stop", pid)
 		}
@@ -69,7 +74,6 @@ func accepted(pid int, addr string) (ports []int, err error) {
 			}
 		}
 	}
-	// The workers listen on an IPv4 address, so there is nothing in tcp6.
 	table, err := os.ReadFile("/proc/net/tcp")
 	if err != nil {
 		return nil, err
