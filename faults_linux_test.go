@@ -8,7 +8,6 @@ package lblisten
 import (
 	"context"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -509,7 +508,7 @@ func TestAddressComesAndGoes(t *testing.T) {
 			wg.Add(1)
 			go echo(&wg, l, &accepted)
 		}
-		served := echoed(conns)
+		served := answered(conns)
 		d := startLoad(2, "tcp", g.Addr().String())
 		require.Eventually(t, func() bool { return d.served.Load() > 50 }, limit(10*time.Second), time.Millisecond)
 		d.end(t, false)
@@ -720,7 +719,7 @@ func TestHandoffOfOtherClocks(t *testing.T) {
 			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: m.name == "dispatcher"}
 			servers := []*server{startServer(t, job)}
 			job.Address = servers[0].Address
-			servers = append(servers, beginServerBy(t, job, shifted...))
+			servers = append(servers, beginServer(t, job, shifted...))
 			servers[1].hear()
 			for _, s := range servers {
 				s.becomes(isHandedOff)
@@ -738,25 +737,4 @@ func TestHandoffOfOtherClocks(t *testing.T) {
 			servers[1-dead].close()
 		}
 	}
-}
-
-// beginServerBy is beginServer by way of another program.
-func beginServerBy(t *testing.T, job serverJob, by ...string) *server {
-	t.Helper()
-	self, err := os.Executable()
-	require.NoError(t, err)
-	job.Network, job.Members = "tcp", 4
-	b, err := json.Marshal(job)
-	require.NoError(t, err)
-	s := &server{t: t, cmd: exec.Command(by[0], append(slices.Clone(by[1:]), self)...)}
-	s.cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=server", "LBLISTEN_TEST_JOB="+string(b), "GORACE=atexit_sleep_ms=0")
-	s.cmd.Stderr = os.Stderr
-	s.in, err = s.cmd.StdinPipe()
-	require.NoError(t, err)
-	out, err := s.cmd.StdoutPipe()
-	require.NoError(t, err)
-	s.out = json.NewDecoder(out)
-	require.NoError(t, s.cmd.Start())
-	t.Cleanup(s.end)
-	return s
 }

@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -146,26 +145,6 @@ func TestAcceptFailsAtRandom(t *testing.T) {
 	}
 }
 
-// echoed counts the clients of queueUp that echo answers.
-func echoed(conns []net.Conn) int {
-	var n atomic.Int64
-	var wg sync.WaitGroup
-	deadline := time.Now().Add(limit(10 * time.Second))
-	for _, c := range conns {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			c.SetDeadline(deadline)
-			var b [1]byte
-			if _, err := io.ReadFull(c, b[:]); err == nil {
-				n.Add(1)
-			}
-		}()
-	}
-	wg.Wait()
-	return int(n.Load())
-}
-
 // A member that never accepts keeps nothing from the siblings of a dispatcher's
 // group, and by the kernel only what is in its own queue, which they get when it
 // closes.
@@ -181,7 +160,7 @@ func TestMemberThatNeverAccepts(t *testing.T) {
 		n := count(400, 40)
 		conns := queueUp(t, g.Addr(), n)
 		if m.name == "dispatcher" {
-			require.Equal(t, n, echoed(conns))
+			require.Equal(t, n, answered(conns))
 		} else {
 			require.Eventually(t, func() bool {
 				queued := ls[0].Stats().Queued
@@ -190,7 +169,7 @@ func TestMemberThatNeverAccepts(t *testing.T) {
 			t.Logf("%d of %d wait for it", n-int(accepted.Load()), n)
 			require.NotZero(t, n-int(accepted.Load()))
 			require.NoError(t, ls[0].Close())
-			require.Equal(t, n, echoed(conns))
+			require.Equal(t, n, answered(conns))
 		}
 		for _, c := range conns {
 			c.Close()
@@ -283,7 +262,7 @@ func TestResetBeforeAccept(t *testing.T) {
 			wg.Add(1)
 			go echo(&wg, l, &accepted)
 		}
-		served := echoed(conns)
+		served := answered(conns)
 		for _, c := range conns {
 			c.Close()
 		}
@@ -346,7 +325,7 @@ func TestPanicInServe(t *testing.T) {
 						}
 					})
 				}()
-				served := echoed(conns)
+				served := answered(conns)
 				for _, c := range conns {
 					c.Close()
 				}

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -140,8 +141,9 @@ func startServer(t testing.TB, job serverJob) *server {
 	return s
 }
 
-// beginServer doesn't wait for its first report.
-func beginServer(t testing.TB, job serverJob) *server {
+// beginServer doesn't wait for its first report. The server may be started by way
+// of another program.
+func beginServer(t testing.TB, job serverJob, by ...string) *server {
 	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
@@ -153,7 +155,8 @@ func beginServer(t testing.TB, job serverJob) *server {
 	}
 	b, err := json.Marshal(job)
 	require.NoError(t, err)
-	s := &server{t: t, cmd: exec.Command(self)}
+	by = append(slices.Clone(by), self)
+	s := &server{t: t, cmd: exec.Command(by[0], by[1:]...)}
 	s.cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=server", "LBLISTEN_TEST_JOB="+string(b), "GORACE=atexit_sleep_ms=0")
 	s.cmd.Stderr = os.Stderr
 	s.in, err = s.cmd.StdinPipe()
@@ -252,26 +255,6 @@ func standing(t testing.TB, address string, n int) []net.Conn {
 		conns[i] = c
 	}
 	return conns
-}
-
-// answered counts the clients that get their answer.
-func answered(conns []net.Conn) int {
-	var n atomic.Int64
-	var wg sync.WaitGroup
-	deadline := time.Now().Add(limit(20 * time.Second))
-	for _, c := range conns {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			c.SetDeadline(deadline)
-			var b [1]byte
-			if _, err := io.ReadFull(c, b[:]); err == nil {
-				n.Add(1)
-			}
-		}()
-	}
-	wg.Wait()
-	return int(n.Load())
 }
 
 // inHandoffModes runs a test in both kinds of handoff: where the kernel balances,

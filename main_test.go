@@ -345,6 +345,26 @@ func echoConn(c net.Conn) {
 	}
 }
 
+// answered counts the clients that get an answer.
+func answered(conns []net.Conn) int {
+	var n atomic.Int64
+	var wg sync.WaitGroup
+	deadline := time.Now().Add(limit(20 * time.Second))
+	for _, c := range conns {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			c.SetDeadline(deadline)
+			var b [1]byte
+			if _, err := io.ReadFull(c, b[:]); err == nil {
+				n.Add(1)
+			}
+		}()
+	}
+	wg.Wait()
+	return int(n.Load())
+}
+
 // load dials from several goroutines; each client sends a byte and waits for it
 // to come back.
 type load struct {
