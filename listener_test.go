@@ -9,8 +9,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/cpu"
 )
 
 // tcpListener is what net's listener and ours have in common.
@@ -309,4 +311,18 @@ func TestStats(t *testing.T) {
 		require.EqualValues(t, 7, s.Accepted)
 		require.Zero(t, s.Queued)
 	})
+}
+
+// What every Accept of a member writes has cache lines of its own: neither other
+// members nor what all of them read is on them.
+func TestCountersShareNoCacheLine(t *testing.T) {
+	var l Listener
+	line := unsafe.Sizeof(cpu.CacheLinePad{})
+	require.GreaterOrEqual(t, unsafe.Offsetof(l.state), line)
+	for _, counter := range []uintptr{unsafe.Offsetof(l.state), unsafe.Offsetof(l.accepted), unsafe.Offsetof(l.inherited)} {
+		require.GreaterOrEqual(t, unsafe.Offsetof(l.g), counter+8+line)
+	}
+	var g group
+	require.GreaterOrEqual(t, unsafe.Offsetof(g.ready), unsafe.Offsetof(g.failed)+1+line)
+	require.GreaterOrEqual(t, unsafe.Offsetof(g.turn), unsafe.Offsetof(g.ready)+4+line)
 }
