@@ -95,6 +95,30 @@ var shots = []struct {
 	height int64
 }{{"desktop", 1280, 800}, {"phone", 360, 740}}
 
+// browser starts Chromium. It crashes now and then while it starts, before it has
+// seen the page: that is logged, and it is started again.
+func browser(t *testing.T, path string) context.Context {
+	t.Helper()
+	all, cancel := context.WithTimeout(context.Background(), limit(time.Minute))
+	t.Cleanup(cancel)
+	for attempt := 1; ; attempt++ {
+		opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.UserDataDir(t.TempDir()),
+			chromedp.NoSandbox, // root can't have one, nor may everybody else; it sees nothing but our page
+			chromedp.WSURLReadTimeout(limit(30*time.Second)))
+		ctx, cancel := chromedp.NewExecAllocator(all, opts...)
+		t.Cleanup(cancel)
+		// Events that are newer than this client are no errors of the page.
+		ctx, cancel = chromedp.NewContext(ctx, chromedp.WithErrorf(func(string, ...any) {}))
+		t.Cleanup(cancel)
+		err := chromedp.Run(ctx)
+		if err == nil {
+			return ctx
+		}
+		require.Less(t, attempt, 3, "%s doesn't start: %v", path, err)
+		t.Logf("%s: %v", path, err)
+	}
+}
+
 // The page shows what happens: numbers move, a click kills a worker, and nothing
 // is lost by lblisten. It does so in both colour schemes, on a desktop and on a
 // phone, by mouse and by keyboard, without a complaint and without a jump.
@@ -106,16 +130,7 @@ func TestPage(t *testing.T) {
 		pictures = t.TempDir()
 	}
 
-	opts := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(path), chromedp.UserDataDir(t.TempDir()),
-		chromedp.NoSandbox, // root can't have one, nor may everybody else; it sees nothing but our page
-		chromedp.WSURLReadTimeout(limit(30*time.Second)))
-	ctx, cancel := context.WithTimeout(context.Background(), limit(time.Minute))
-	defer cancel()
-	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
-	defer cancel()
-	// Events that are newer than this client are no errors of the page.
-	ctx, cancel = chromedp.NewContext(ctx, chromedp.WithErrorf(func(string, ...any) {}))
-	defer cancel()
+	ctx := browser(t, path)
 	var bad complaints
 	chromedp.ListenTarget(ctx, bad.hear)
 
