@@ -12,11 +12,12 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 )
 
 func main() {
-	if len(os.Args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: pin PATH")
+	if len(os.Args) != 2 || strings.HasPrefix(os.Args[1], "-") {
+		fmt.Fprintln(os.Stderr, "usage: pin PATH, such as /sys/fs/bpf/lblisten")
 		os.Exit(2)
 	}
 	if err := pin(os.Args[1]); err != nil {

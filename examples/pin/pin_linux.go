@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"unsafe"
 
@@ -49,9 +50,15 @@ func pin(path string) error {
 		fd, flags uint32
 	}{path: uint64(uintptr(unsafe.Pointer(&name[0]))), fd: uint32(fd)}
 	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_PIN, uintptr(unsafe.Pointer(obj)), unsafe.Sizeof(*obj)); errno != 0 {
-		return &os.PathError{Op: "bpf_obj_pin", Path: path, Err: errno}
+		err := error(errno)
+		if errno == unix.EPERM || errno == unix.ENOENT {
+			err = fmt.Errorf("%w; is it in a BPF file system? (mount -t bpf bpf /sys/fs/bpf)", err)
+		}
+		return &os.PathError{Op: "bpf_obj_pin", Path: path, Err: err}
 	}
-	return os.Chmod(path, 0o666) // who uses it opens it for reading and writing
+	// Who uses it has to open it for reading and writing, which lets nobody change
+	// the program. Another one in its place takes the right to write to the directory.
+	return os.Chmod(path, 0o666)
 }
 
 // name is the path for the kernel, global so that it is on the heap.
