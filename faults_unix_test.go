@@ -498,6 +498,11 @@ func TestHandoffHubTellsHalf(t *testing.T) {
 	time.Sleep(limit(100 * time.Millisecond))
 	require.Equal(t, 1, ln.(*Listener).Info().Sockets)
 	leave()
+	require.Eventually(t, func() bool { return ln.(*Listener).Info().Sockets == 2 }, limit(5*time.Second), time.Millisecond)
+	left.Close() // whoever else held it has died
+	h := handoffs.m[path]
+	h.fail(unix.EMFILE) // no descriptor for a hub
+	h.settle()
 	for range clients {
 		c := acceptWithin(t, ln)
 		c.Close()

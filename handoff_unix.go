@@ -311,7 +311,7 @@ func (h *handoff) fail(err error) {
 			h.forget(p) // others hold it, and descriptors are for this process's own first
 			continue
 		}
-		p.isKept = false
+		p.fresh, p.isKept = false, false // this process may be the only one that holds it
 		if p.owner == h.hub {
 			p.owner = processID{} // it is the one that is gone
 		}
