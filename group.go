@@ -54,16 +54,20 @@ func (g *Group) Addr() net.Addr { return g.g.addr }
 // non-nil error after the listener was closed: http.ErrServerClosed, or the
 // error of Accept.
 func (g *Group) Serve(serve func(net.Listener) error) error {
-	errs := make(chan error)
+	type end struct {
+		l   *Listener
+		err error
+	}
+	ends := make(chan end)
 	for _, l := range g.members {
-		go func() { errs <- serve(l) }()
+		go func() { ends <- end{l, serve(l)} }()
 	}
 	var first, closed error
 	for range g.members {
-		err := <-errs
-		switch {
+		e := <-ends
+		switch err := e.err; {
 		case err == nil:
-		case errors.Is(err, net.ErrClosed):
+		case errors.Is(err, net.ErrClosed) && e.l.state.Load()&closedMark != 0:
 			closed = err
 		case first == nil:
 			first = err

@@ -46,6 +46,26 @@ func TestServe(t *testing.T) {
 	})
 }
 
+// An error around net.ErrClosed that has another cause than its member's end is an
+// error like any other: nobody would accept from the member any more.
+func TestServeOfAnotherThingsEnd(t *testing.T) {
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithLB())
+	late := time.AfterFunc(limit(10*time.Second), func() {
+		t.Error("the group goes on")
+		g.Close()
+	})
+	defer late.Stop()
+	other := fmt.Errorf("the database: %w", net.ErrClosed)
+	require.Equal(t, other, g.Serve(func(l net.Listener) error {
+		if l == net.Listener(ls[0]) {
+			return other
+		}
+		_, err := l.Accept()
+		return err
+	}))
+}
+
 // A serve that returns nil ends nobody else.
 func TestServeReturnsNil(t *testing.T) {
 	noLeaks(t)
