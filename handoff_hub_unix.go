@@ -565,7 +565,7 @@ func (h *hub) complete() bool {
 	if h.young {
 		came := 0
 		for p := range h.peers {
-			if p.asked && (p.synced || len(p.has) > 0) {
+			if p.hasCome() {
 				came++
 			}
 		}
@@ -575,6 +575,10 @@ func (h *hub) complete() bool {
 	}
 	return len(h.wanted) == 0
 }
+
+// hasCome tells whether a peer can be one that the hub before knew, and has said all
+// that it holds.
+func (p *hubPeer) hasCome() bool { return p.asked && (p.synced || len(p.has) > 0) }
 
 // peer returns the peer of a process that has said all that it holds.
 func (h *hub) peer(process processID) *hubPeer {
@@ -687,6 +691,9 @@ func (h *hub) off(p *hubPeer, at place) byte {
 // leave: a peer is gone.
 func (h *hub) leave(p *hubPeer) {
 	delete(h.peers, p)
+	if p.hasCome() {
+		h.expected--
+	}
 	for _, s := range h.sockets {
 		if s.by == p {
 			s.by = nil

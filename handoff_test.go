@@ -739,6 +739,23 @@ func TestHandoffUnixSocketFile(t *testing.T) {
 	require.NoFileExists(t, app)
 }
 
+// A new hub doesn't wait for processes that have come and gone.
+func TestHandoffHubWaitsForNobodyTwice(t *testing.T) {
+	h := &hub{young: true, expected: 2, peers: make(map[*hubPeer]bool), count: make(chan int, 1)}
+	var came []*hubPeer
+	for range h.expected {
+		require.False(t, h.complete())
+		p := &hubPeer{asked: true, synced: true}
+		h.peers[p] = true
+		came = append(came, p)
+	}
+	for _, p := range came {
+		require.True(t, h.complete())
+		h.leave(p)
+	}
+	require.True(t, h.complete())
+}
+
 // Bad paths are refused with an error that names them and says what to do, and
 // nothing is harmed.
 func TestHandoffBadPath(t *testing.T) {
