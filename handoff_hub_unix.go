@@ -657,10 +657,12 @@ func (h *hub) recount(at place) {
 	}
 }
 
+// on counts the peers on an address that live, also if nobody has read yet that one
+// has gone: who is told that others accept leaves them a unix socket's file.
 func (h *hub) on(at place) int {
 	n := 0
 	for p := range h.peers {
-		if p.on[at] {
+		if p.on[at] && !p.w.isCut() {
 			n++
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -739,6 +740,32 @@ func TestHandoffUnixSocketFile(t *testing.T) {
 	require.NoFileExists(t, app)
 }
 
+// Who was killed doesn't count as one who accepts, also if the hub has not read
+// its last words yet.
+func TestHandoffHubLooksWhoLives(t *testing.T) {
+	noLeaks(t)
+	ln, err := net.Listen("unix", handoffPath(t))
+	require.NoError(t, err)
+	defer ln.Close()
+	h := &hub{peers: make(map[*hubPeer]bool)}
+	at := place{network: "unix", host: "/app.sock"}
+	join := func() (*hubPeer, net.Conn) {
+		c, err := net.Dial("unix", ln.Addr().String())
+		require.NoError(t, err)
+		t.Cleanup(func() { c.Close() })
+		p := &hubPeer{w: newRawPeer(t, acceptWithin(t, ln)).wire, on: map[place]bool{at: true}}
+		h.peers[p] = true
+		return p, c
+	}
+	one, _ := join()
+	_, other := join()
+	require.EqualValues(t, flagOK, h.off(one, at))
+	_, err = other.Write([]byte("last words"))
+	require.NoError(t, err)
+	require.NoError(t, other.Close())
+	require.Zero(t, h.off(one, at))
+}
+
 // A new hub doesn't wait for processes that have come and gone.
 func TestHandoffHubWaitsForNobodyTwice(t *testing.T) {
 	h := &hub{young: true, expected: 2, peers: make(map[*hubPeer]bool), count: make(chan int, 1)}
@@ -754,6 +781,29 @@ func TestHandoffHubWaitsForNobodyTwice(t *testing.T) {
 		h.leave(p)
 	}
 	require.True(t, h.complete())
+}
+
+// A unix socket's file goes with the last process, also right after the others
+// were killed.
+func TestHandoffUnixSocketFileOfTheLast(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	app := filepath.Join(filepath.Dir(path), "app.sock")
+	job := serverJob{Path: path, Network: "unix", Address: app, Members: 1}
+	for range count(20, 4) {
+		var others []*server
+		first := rand.IntN(2) == 0 // and the hub
+		if !first {
+			others = append(others, startServer(t, job))
+		}
+		a, err := Listen("unix", app, WithHandoff(path))
+		require.NoError(t, err)
+		for _, b := range append(others, startServer(t, job)) {
+			b.kill()
+		}
+		require.NoError(t, a.Close())
+		require.NoFileExists(t, app, "first: %v", first)
+	}
 }
 
 // Bad paths are refused with an error that names them and says what to do, and

@@ -296,6 +296,25 @@ func (w *wire) close() {
 	w.c.Close()
 }
 
+// isCut tells whether the other end is closed, although not all that it has said
+// may have been read.
+func (w *wire) isCut() bool {
+	conn, err := w.c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	cut := false
+	err = conn.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLHUP}} // macOS wants to be asked for it
+		n, err := unix.Poll(p, 0)
+		for err == unix.EINTR {
+			n, err = unix.Poll(p, 0)
+		}
+		cut = n > 0 && p[0].Revents&unix.POLLHUP != 0
+	})
+	return cut || err != nil
+}
+
 // drain closes the descriptors that came without a frame. It is the reader's.
 func (w *wire) drain() {
 	for _, fd := range w.fds {
