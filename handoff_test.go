@@ -1475,6 +1475,27 @@ func TestHandoffLog(t *testing.T) {
 	require.True(t, says("address="+ls[0].Addr().String())())
 }
 
+// A socket that the hub refuses isn't said to be deposited.
+func TestHandoffLogOfARefusal(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	t.Cleanup(set(&handoffMost, 1)) // when the hub has ended
+	var mu sync.Mutex
+	lines := map[string]int{}
+	logger := slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, what := range []string{"a socket is deposited", "a socket is not deposited yet", "the hub refuses it"} {
+			lines[what] += strings.Count(string(b), what)
+		}
+		return len(b), nil
+	}), nil))
+	newTestGroup(t, 3, "tcp4", "127.0.0.1:0", WithHandoff(handoffPath(t)), WithLogger(logger))
+	mu.Lock()
+	defer mu.Unlock()
+	require.Equal(t, map[string]int{"a socket is deposited": 1, "a socket is not deposited yet": 2, "the hub refuses it": 2}, lines)
+}
+
 // A peer that sends sockets without end doesn't use up the descriptors of the
 // process that is the hub: the last quarter is for its own.
 func TestHandoffPeerThatFloods(t *testing.T) {

@@ -692,7 +692,13 @@ func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at p
 		h.give(p)
 	}
 	h.mu.Unlock()
-	if err := h.await(ctx, kept); err != nil {
+	err = h.await(ctx, kept)
+	h.mu.Lock()
+	if err == nil && !p.isKept {
+		err = fmt.Errorf("the hub refuses it: it takes %d of a process, while it has descriptors to spare", handoffMost)
+	}
+	h.mu.Unlock()
+	if err != nil {
 		log(g.log, "a socket is not deposited yet", "path", h.path, "address", g.at, "reason", err)
 	} else {
 		log(g.log, "a socket is deposited", "path", h.path, "address", g.at)
