@@ -102,7 +102,8 @@ func (g *Group) Stats() Stats {
 
 // group is all members of one address in this process.
 type group struct {
-	at       place // the key in the registry
+	at       place  // the key in the registry
+	ask      string // what to ask of package net: at, but the path of a unix socket as it was spelled
 	addr     net.Addr
 	network  string
 	steering Steering
@@ -271,9 +272,13 @@ func join(ctx context.Context, network, address string, n int, cfg *config) (*gr
 	if err != nil {
 		return nil, nil, err
 	}
-	if cfg.handoffSet && isFile(at) {
-		if at.host, err = filepath.Abs(at.host); err != nil { // processes have directories of their own
+	ask := at.String()
+	if isFile(at) { // the directory may change, and other processes have theirs
+		if at.host, err = filepath.Abs(at.host); err != nil {
 			return nil, nil, listenError(network, address, err)
+		}
+		if cfg.handoffSet {
+			ask = at.host
 		}
 	}
 	for {
@@ -282,6 +287,7 @@ func join(ctx context.Context, network, address string, n int, cfg *config) (*gr
 		switch {
 		case err != nil:
 		case first:
+			g.ask = ask
 			members, err = g.open(ctx, n, cfg)
 		default:
 			members, err = g.add(ctx, n, cfg, nil)
@@ -1068,7 +1074,7 @@ func (d *dispatcher) openSocket(ctx context.Context, cfg *config) error {
 		}
 		return err
 	})
-	ln, err := lc.Listen(ctx, d.g.network, d.g.at.String())
+	ln, err := lc.Listen(ctx, d.g.network, d.g.ask)
 	if err != nil {
 		if d.pooled != nil {
 			d.g.h.withdraw(d.pooled)
