@@ -383,6 +383,9 @@ func WithPinnedProgram(path string) Option {
 // elsewhere, they keep the sockets for 30 s, for the next one on the address. A
 // stopped process keeps the sockets that it holds open, also those of an address
 // whose processes have all ended: what arrives there waits until it goes on.
+// One that is the last on a unix socket as far as it knows, and closes at the
+// moment in which it goes on, removes the socket's file, also if others have given
+// it up for gone meanwhile and serve the socket.
 //
 // All processes of a path must be in one network namespace. A process hands off
 // at most 256 sockets; what is past that goes with it. A new listener adopts a
