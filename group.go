@@ -6,7 +6,7 @@ package lblisten
 // inherit.go; what an option of a socket means, in sockopt_*.go.
 //
 // Locks are taken in the order registry.mu, group.mu, Listener.mu,
-// dispatcher.mu, and none is held over a call that can block.
+// dispatcher.mu, and none is held over a call that waits for somebody.
 
 import (
 	"cmp"
