@@ -264,6 +264,54 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 	}
 }
 
+// A connection that is given away in the instant in which Accept looks whether its
+// deadline has passed, or its member was closed, goes to another one.
+func TestDispatchNothingAfterTheEnd(t *testing.T) {
+	for _, end := range []struct {
+		name string
+		do   func(l *Listener) error
+		err  error
+	}{
+		{"deadline", func(l *Listener) error { return l.SetDeadline(longAgo) }, os.ErrDeadlineExceeded},
+		{"close", (*Listener).Close, net.ErrClosed},
+	} {
+		t.Run(end.name, func(t *testing.T) {
+			noLeaks(t)
+			a := newAcceptor()
+			g, ls := dispatchTest(t, &conns{acceptor: a, wake: make(chan struct{})}, 2)
+			members := g.g.members.Load()
+			require.NoError(t, end.do(ls[0]))
+			g.g.members.Store(members) // who gives has looked before it was closed
+			var given atomic.Int64
+			stop, stopped := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(stopped)
+				c := &token{from: flow("192.0.2.1", 1)}
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					if sent, _ := g.g.d.give(c, 1, nil, nil); sent {
+						given.Add(1)
+					}
+				}
+			}()
+			for range count(300_000, 10_000) {
+				if c, err := ls[0].Accept(); !errors.Is(err, end.err) {
+					t.Errorf("Accept: %v, %v", c, err)
+					break
+				}
+			}
+			close(stop)
+			<-stopped
+			require.Zero(t, given.Load())
+			require.NoError(t, ls[1].Close())
+		})
+	}
+}
+
 // The same on a socket, where members join too.
 func TestDispatchStressOnSocket(t *testing.T) {
 	noLeaks(t)

@@ -1196,14 +1196,17 @@ const leaderOnly = 1<<64 - 1
 // makes an ordinary one of it first, by admit.
 func (l *Listener) standAlone() bool {
 	d := l.g.d
-	if d.deadliner == nil || l.g.steering != SteerFlow || !l.since.CompareAndSwap(0, leaderOnly) {
+	if d.deadliner == nil || l.g.steering != SteerFlow || l.mayEnd() || !l.since.CompareAndSwap(0, leaderOnly) {
 		return false
 	}
-	// Who ends the waiting for one of these has set it before it admits.
-	if l.state.Load()&closedMark == 0 && !l.timed.Load() && d.failed.Load() == nil {
-		return true
-	}
-	return !l.leaveAlone() // somebody has admitted it
+	// Before, because from here on somebody may admit it to give it a connection; and
+	// again, because who ends the waiting sets why and then admits it.
+	return !l.mayEnd() || !l.leaveAlone()
+}
+
+// mayEnd tells whether there is something but a connection that ends the waiting.
+func (l *Listener) mayEnd() bool {
+	return l.state.Load()&closedMark != 0 || l.timed.Load() || l.g.d.failed.Load() != nil
 }
 
 // leaveAlone takes a leader that stands alone out of the line. It returns false
