@@ -111,7 +111,7 @@ func init() {
 			t.only(t.handoff, "the kernel's own migration has a race, see TestTwentyKillsUnderContinuousDials")
 			ls := t.group(2)
 			s := t.process(ls[0], false)
-			d := startLoad(4, "tcp", ls[0].Addr().String())
+			d := startLoad(32, "tcp", ls[0].Addr().String()) // so that some wait here, whatever the hash
 			require.Eventually(t, func() bool { return ls[0].g.waiting() != 0 || runtime.GOOS != "linux" }, limit(5*time.Second), time.Millisecond)
 			w := t.accept(ls...)
 			s.kill()
