@@ -482,15 +482,18 @@ func TestHandoffHubTellsHalf(t *testing.T) {
 	defer leave()
 	sessions := 0
 	fakeHub(t, path, func(p rawPeer) {
+		defer p.c.Close()
+		if sessions++; sessions > 2 {
+			return
+		}
 		p.expect(frameHello)
 		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
 		p.expect(frameSynced)
-		if sessions++; sessions == 2 { // the first one made it serve everything
+		if sessions == 2 { // the first one made it serve everything
 			sendLeft(p)
 			close(told)
 			<-goes
 		}
-		p.c.Close()
 	})
 	ln, err := Listen("tcp4", at.String(), WithHandoff(path))
 	require.NoError(t, err)

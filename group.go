@@ -91,8 +91,9 @@ func (g *Group) Info() Info { return g.g.info() }
 func (g *Group) Stats() Stats {
 	var s Stats
 	for _, l := range g.members {
-		s.Accepted += l.accepted.Load()
-		s.Inherited += l.inherited.Load()
+		accepted, inherited := l.counts()
+		s.Accepted += accepted
+		s.Inherited += inherited
 	}
 	if len(*g.g.members.Load()) > 0 {
 		s.Queued, s.Backlog = queueLengths(g.g.conns())

@@ -373,7 +373,8 @@ func (l *Listener) Info() Info {
 // Stats returns the listener's counters. After Close, Accepted and Inherited
 // stay what they were, and nothing is queued.
 func (l *Listener) Stats() Stats {
-	s := Stats{Accepted: l.accepted.Load(), Inherited: l.inherited.Load()}
+	var s Stats
+	s.Accepted, s.Inherited = l.counts()
 	switch {
 	case l.state.Load()&closedMark != 0:
 	case l.ln == nil:
@@ -386,6 +387,13 @@ func (l *Listener) Stats() Stats {
 		s.Queued, s.Backlog = queueLengths(conns)
 	}
 	return s
+}
+
+// counts returns how many connections Accept has returned, and how many of them
+// were inherited, which are counted an instant before.
+func (l *Listener) counts() (accepted, inherited uint64) {
+	accepted = l.accepted.Load()
+	return accepted, min(accepted, l.inherited.Load())
 }
 
 // opError has the form of net's errors for a listener.

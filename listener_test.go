@@ -326,3 +326,15 @@ func TestCountersShareNoCacheLine(t *testing.T) {
 	require.GreaterOrEqual(t, unsafe.Offsetof(g.ready), unsafe.Offsetof(g.failed)+1+line)
 	require.GreaterOrEqual(t, unsafe.Offsetof(g.turn), unsafe.Offsetof(g.ready)+4+line)
 }
+
+// What is inherited is counted an instant before it is accepted, and never more.
+func TestStatsInTheMiddleOfAccept(t *testing.T) {
+	noLeaks(t)
+	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithLB())
+	ls[0].inherited.Add(1)
+	require.Zero(t, ls[0].Stats().Inherited)
+	require.Zero(t, g.Stats().Inherited)
+	ls[0].accepted.Add(1)
+	require.EqualValues(t, 1, ls[0].Stats().Inherited)
+	require.EqualValues(t, 1, g.Stats().Inherited)
+}
