@@ -1,0 +1,237 @@
+package lblisten
+
+// The options, and what fits together.
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+)
+
+// canDispatch tells whether the dispatcher knows a steering.
+func canDispatch(s Steering, network string) error {
+	switch {
+	case s == SteerCPU:
+		return fmt.Errorf("steering by cpu is %w by the dispatcher, which doesn't know the receiving CPU", ErrUnsupported)
+	case s == SteerSource && network != "tcp" && network != "tcp4" && network != "tcp6":
+		return fmt.Errorf("steering by source is %w on network %q: its connections have no source address", ErrUnsupported, network)
+	}
+	return nil
+}
+
+// An Option changes what Listen, ListenContext, ListenGroup or Dispatch do.
+type Option struct {
+	name  string
+	apply func(*config)
+}
+
+// config is what the options of one call ask for.
+type config struct {
+	lb            bool
+	dispatcher    bool // WithDispatcher
+	requireKernel bool // WithRequireKernel
+	reusePort     bool
+	steering      Steering
+	pinned        string // WithPinnedProgram
+	pinnedSet     bool
+	handoff       string // WithHandoff
+	handoffSet    bool
+	backlog       int
+	backlogSet    bool
+	lc            net.ListenConfig
+	log           *slog.Logger
+}
+
+// WithLB joins the load-balancing group of the address: connections are spread
+// over all its members, in this process and, where the kernel balances, in
+// all processes of the same user. It needs no privilege. The address conflicts
+// with listeners that are not balanced (EADDRINUSE), both ways round.
+//
+// All members of an address in a process belong to one group. A new member
+// must fit it: one that asks for another balancer or another steering is
+// refused.
+func WithLB() Option {
+	return Option{"WithLB", func(c *config) { c.lb = true }}
+}
+
+// WithDispatcher is WithLB, balanced by the in-process dispatcher whatever the
+// system offers. Its members share one socket.
+func WithDispatcher() Option {
+	return Option{"WithDispatcher", func(c *config) { c.lb, c.dispatcher = true, true }}
+}
+
+// WithRequireKernel is WithLB, but Listen fails with [ErrUnsupported] where the
+// kernel cannot balance, instead of using the dispatcher.
+func WithRequireKernel() Option {
+	return Option{"WithRequireKernel", func(c *config) { c.lb, c.requireKernel = true, true }}
+}
+
+// WithReusePort sets SO_REUSEPORT before bind and nothing else: several
+// listeners can have one address, and what that means is the system's affair.
+// Balancing isn't promised. It returns a plain listener of package net, can be
+// used beside WithLB in the same program, and is an error together with it.
+// It is [ErrUnsupported] on Windows, where it would let others steal the port, on
+// Solaris and illumos, plan9 and wasm.
+func WithReusePort() Option {
+	return Option{"WithReusePort", func(c *config) { c.reusePort = true }}
+}
+
+// WithSteering is WithLB, with connections spread by s. The default is
+// [SteerFlow]. All members of a group must ask for the same. What cannot be had
+// is [ErrUnsupported].
+//
+// By the dispatcher, for which [WithDispatcher] asks:
+//
+//   - SteerSource waits at most 100 ms for a busy member, for at most 16
+//     connections at a time, which are held in the process meanwhile; then the
+//     next in rank takes the connection. Connections without a TCP address
+//     (unix sockets) have no source: ErrUnsupported.
+//   - SteerLoad prefers the member that has waited in Accept for longest.
+//   - SteerCPU is ErrUnsupported.
+//
+// By the kernel, on Linux only:
+//
+//   - SteerSource takes no privilege. With CAP_BPF the kernel inherits as well;
+//     without, a classic BPF program has the place of the one for that.
+//   - SteerLoad takes CAP_BPF. Of two members that a connection's flow ranks first,
+//     the one with the shorter queue gets it. The queues are looked at every ms
+//     while there is traffic, which costs a goroutine.
+//   - SteerCPU (from Linux 6.2, no privilege) gives every socket a CPU, and a
+//     connection goes to the one of the CPU that received it.
+//
+// By source and load a program names the sockets that get something. It is in
+// force only while all sockets of the address in the kernel's group are this
+// process's, as it would starve the others: Listen fails if there are others,
+// and when some join later the program is taken off within a second. Info then
+// says SteerFlow, with the Reason. Both are for at most 1024 members.
+func WithSteering(s Steering) Option {
+	return Option{"WithSteering", func(c *config) { c.lb, c.steering = true, s }}
+}
+
+// WithBacklog sets the length of the accept queue of a member's socket to n,
+// which is at least 1. The default is the system's maximum, as in package net.
+// The system silently cuts n to its maximum (Linux net.core.somaxconn, FreeBSD
+// kern.ipc.soacceptqueue); Stats.Backlog tells what is in force. The
+// dispatcher's members share one socket, and the last one that asks decides.
+// Only unix systems can: [ErrUnsupported] elsewhere.
+func WithBacklog(n int) Option {
+	return Option{"WithBacklog", func(c *config) { c.backlog, c.backlogSet = n, true }}
+}
+
+// WithListenConfig opens sockets with lc: Control, KeepAlive and
+// KeepAliveConfig mean what they mean in package net. Control is called
+// before bind and may set any option; a Control error is returned as it is.
+// A balanced socket is plain TCP: Multipath TCP, which lc may ask for, is off
+// for it, because Linux neither migrates nor steers MPTCP sockets. On Linux and
+// FreeBSD the keep-alive is set once, on the listening socket, before the bind and
+// after Control; its connections have exactly what package net would have given
+// them. A member that adopts a closed member's socket finds it open already: of
+// its lc the keep-alive is used, but not Control. One that joins the
+// dispatcher's socket uses nothing of lc.
+func WithListenConfig(lc net.ListenConfig) Option {
+	return Option{"WithListenConfig", func(c *config) { c.lc = lc }}
+}
+
+// WithPinnedProgram is WithLB, and makes Linux's kernel inherit by the BPF
+// program that is pinned at path in a BPF file system, instead of one that Listen
+// loads itself. Loading takes CAP_BPF; a pinned program any process can use that
+// may read and write the file. It takes the place of the program that is in
+// force for the address, in all processes. Listen fails if it can't be used, with
+// [ErrUnsupported] on other systems and where the kernel doesn't balance.
+//
+// The program's type is BPF_PROG_TYPE_SK_REUSEPORT, its expected attach type
+// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
+func WithPinnedProgram(path string) Option {
+	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned, c.pinnedSet = true, path, true }}
+}
+
+// WithHandoff is WithLB, and lets the processes of this user that name the same
+// path inherit each other's sockets, so that a restart, a crash or a kill of any
+// of them loses nothing that waits. It takes no privilege, no parent process and
+// no supervisor. Each process holds a duplicate of every listening socket of the
+// set; when one goes away, however it goes, the others accept from its sockets
+// at once, and the next process that listens adopts them. Where the kernel
+// doesn't balance, all processes accept from one socket, so several can have one
+// address there too. Several addresses may use one path.
+//
+// The path is that of a unix socket, which the package makes. It can be some 90
+// bytes long. Its directory must belong to this user or root, and nobody else may
+// write to it: /run/NAME of a service, say. (On OpenBSD, NetBSD, DragonFly and
+// Solaris, where it can't be told whose a process is, it must belong to this
+// user with mode 0700.) Beside it are a lock file, path + ".lock", which stays,
+// and for a moment path + ".new". Leave all three alone while processes live.
+//
+// No Listen waits for other processes for longer than about a second. When they
+// don't answer, because the process that happens to connect them is stopped, it
+// goes on without them, Info has the Reason, and it is tried again in the
+// background. A wrong path is an error.
+//
+// A process that says nothing for 3 s (it is stopped, by SIGSTOP say) is taken for
+// gone: the others accept from its sockets as well, until it goes on. When the
+// last process on an address closes, its sockets are closed, and what waits is
+// reset; when it was killed, and other processes of the set live that listen
+// elsewhere, they keep the sockets for 30 s, for the next one on the address. A
+// stopped process keeps the sockets that it holds open, also those of an address
+// whose processes have all ended: what arrives there waits until it goes on.
+// One that is the last on a unix socket as far as it knows, and closes at the
+// moment in which it goes on, removes the socket's file, also if others have given
+// it up for gone meanwhile and serve the socket.
+//
+// All processes of a path must be in one network namespace. A process hands off
+// at most 256 sockets; what is past that goes with it. A new listener adopts a
+// socket that an ended one has left before it opens another, so that restarts
+// don't add any; one that joins while the others don't answer does open its own,
+// and it stays. Steering by source is [ErrUnsupported]
+// together with it, and by load too where the kernel balances. So is WithHandoff
+// itself on Windows, AIX, plan9 and wasm. Surplus sockets of closed members aren't
+// retired (see Linux above); the next member that joins adopts one.
+func WithHandoff(path string) Option {
+	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff, c.handoffSet = true, path, true }}
+}
+
+// WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
+func WithLogger(l *slog.Logger) Option {
+	return Option{"WithLogger", func(c *config) { c.log = l }}
+}
+
+func newConfig(opts []Option) (*config, error) {
+	c := new(config)
+	for _, o := range opts {
+		if o.apply == nil {
+			return nil, errors.New("an Option that no With function made")
+		}
+		o.apply(c)
+	}
+	if c.handoffSet && c.handoff != "" {
+		if abs, err := filepath.Abs(c.handoff); err == nil {
+			c.handoff = abs
+		}
+	}
+	switch {
+	case c.backlogSet && c.backlog < 1:
+		return nil, fmt.Errorf("WithBacklog(%d): a backlog is at least 1; leave the option out for the system's maximum", c.backlog)
+	case c.backlogSet && !canSetBacklog:
+		return nil, fmt.Errorf("WithBacklog: %w by this system", ErrUnsupported)
+	case c.pinnedSet && !canPin:
+		return nil, fmt.Errorf("WithPinnedProgram: %w by this system", ErrUnsupported)
+	case c.pinnedSet && c.pinned == "":
+		return nil, errors.New("WithPinnedProgram: the path is empty")
+	case c.pinnedSet && c.dispatcher:
+		return nil, fmt.Errorf("WithPinnedProgram: %w by the dispatcher, which WithDispatcher asks for", ErrUnsupported)
+	case c.handoffSet && c.handoff == "":
+		return nil, errors.New("WithHandoff: the path is empty")
+	case c.handoffSet && !canHandoff:
+		return nil, fmt.Errorf("WithHandoff: %w by this system", ErrUnsupported)
+	case c.handoffSet && c.steering == SteerSource:
+		return nil, fmt.Errorf("WithHandoff: steering by source is %w together with it: processes that take over from each other can't keep a source to one member", ErrUnsupported)
+	case c.lb && c.reusePort:
+		return nil, errors.New("WithReusePort promises no balancing and WithLB does: choose one for an address")
+	case c.dispatcher && c.requireKernel:
+		return nil, errors.New("WithDispatcher and WithRequireKernel contradict each other")
+	case c.steering < SteerFlow || c.steering > SteerLoad:
+		return nil, fmt.Errorf("WithSteering(%d): no such steering", int(c.steering))
+	}
+	return c, nil
+}
