@@ -401,49 +401,6 @@ func duplicate(fd uintptr) (*descriptor, error) {
 	return newDescriptor(dup), nil
 }
 
-// checkReceived checks a descriptor before anything is done with it.
-func checkReceived(d *descriptor, at place) error {
-	kind, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return fmt.Errorf("a descriptor that is no socket: %w", os.NewSyscallError("getsockopt SO_TYPE", err))
-	}
-	want := unix.SOCK_STREAM
-	if at.network == "unixpacket" {
-		want = unix.SOCK_SEQPACKET
-	}
-	if kind != want {
-		return fmt.Errorf("a socket of type %d, want %d", kind, want)
-	}
-	// The description is everybody's, and must never block anybody.
-	return os.NewSyscallError("fcntl F_SETFL", unix.SetNonblock(d.fd, true))
-}
-
-// isScarce tells whether a new descriptor is one of the last quarter that this
-// process may have: those aren't for the sockets of others.
-func isScarce(fd int) bool {
-	var limit unix.Rlimit
-	return unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && uint64(fd) >= uint64(limit.Cur)/4*3
-}
-
-// listens tells whether a socket listens.
-func listens(d *descriptor) bool {
-	on, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	return err == nil && on != 0
-}
-
-// listenerOf makes a listener of package net on a duplicate of a socket. It never
-// goes by os.File.Fd of a file that it put into non-blocking mode, because that
-// would make the description a blocking one, for all processes.
-func listenerOf(d *descriptor) (net.Listener, error) {
-	dup, err := duplicate(uintptr(d.fd))
-	if err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(dup.fd), "handoff")
-	defer f.Close()
-	return net.FileListener(f)
-}
-
 // isShortage tells whether an error is one of a shortage, which may pass, and not
 // of a wrong path.
 func isShortage(err error) bool {

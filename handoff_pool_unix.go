@@ -1,0 +1,248 @@
+//go:build unix && !aix
+
+package lblisten
+
+// The sockets of a handoff as one process knows them: which of them its groups
+// share, and whether one that came from another process is what it is said to
+// be. Who told of them is none of its business; that is in handoff_link_unix.go.
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A pooled is a socket of the set, as this process knows it. Guarded by
+// handoff.mu, but for what never changes.
+type pooled struct {
+	id       socketID
+	d        *descriptor
+	sub      string // the network of the socket, where a member has two
+	balanced bool   // it is one of the kernel's group
+	at       place  // the address of its group; port 0 until it is known
+	mine     bool   // this process accepts from it, or what a member of it left is shared here
+	owner    processID
+	shared   bool          // this process shares it, because nobody is known to accept from it
+	fresh    bool          // it came while the hub had not told everything yet
+	refused  bool          // it is not what it is said to be
+	kept     chan struct{} // closed when the others have it, for who waits for that
+	isKept   bool          // they have it, as far as is known
+}
+
+func (p *pooled) flags() (flags byte) {
+	if p.mine {
+		flags |= flagMine
+	}
+	if p.balanced {
+		flags |= flagBalanced
+	}
+	return flags
+}
+
+// forget takes a socket out of the pool. It is called under mu.
+func (h *handoff) forget(p *pooled) {
+	delete(h.sockets, p.id)
+	p.d.release()
+	if p.shared {
+		p.shared = false
+		h.dropped = append(h.dropped, p)
+		h.change()
+	}
+}
+
+// keep notes that the others have a socket. It is called under mu.
+func (p *pooled) keep() {
+	p.isKept = true
+	if p.kept != nil {
+		close(p.kept)
+		p.kept = nil
+	}
+}
+
+// settle shares with its group what nobody is known to accept from, and takes
+// back what somebody does.
+func (h *handoff) settle() {
+	var logs []func()
+	defer func() { // without the lock
+		for _, f := range logs {
+			f()
+		}
+	}()
+	h.applying.Lock()
+	defer h.applying.Unlock()
+	type step struct {
+		p *pooled
+		g *group
+	}
+	var share, back []step
+	h.mu.Lock()
+	for _, p := range h.dropped {
+		back = append(back, step{p, h.groups[p.at]})
+	}
+	h.dropped = nil
+	for _, p := range h.sockets {
+		g := h.groups[p.at]
+		if g == nil || p.mine || p.refused || !p.balanced || g.d != nil {
+			continue
+		}
+		if p.fresh && h.w != nil {
+			continue // the hub holds it, and this process may not be able to
+		}
+		// A claim of this process becomes its own only with the answer.
+		switch free := h.alone || p.owner == (processID{}) || p.owner == h.process; {
+		case free && !p.shared && listens(p.d):
+			p.shared = true
+			p.d.hold()
+			share = append(share, step{p, g})
+		case !free && p.shared:
+			p.shared = false
+			back = append(back, step{p, g})
+		}
+	}
+	h.mu.Unlock()
+
+	for _, s := range back {
+		if s.g != nil {
+			s.g.takeBack(s.p)
+		}
+	}
+	for _, s := range share {
+		sock, err := h.open(s.p, s.g)
+		s.p.d.release()
+		if err == nil {
+			if s.g.inherit(sock) {
+				logs = append(logs, func() {
+					log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.g.at)
+				})
+			} else {
+				sock.ln.Close() // the group ends, and leaves the pool
+			}
+			continue
+		}
+		h.mu.Lock()
+		s.p.shared = false
+		s.p.refused = !isShortage(err)
+		h.mu.Unlock()
+		logs = append(logs, func() {
+			log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.g.at, "reason", err)
+		})
+		if isShortage(err) {
+			time.AfterFunc(retryAfter, h.change)
+		}
+	}
+}
+
+// open makes a listening socket of a group out of one of the pool, after
+// checking that it is what it is said to be.
+func (h *handoff) open(p *pooled, g *group) (*socket, error) {
+	if err := checkSocket(p, g); err != nil {
+		return nil, err
+	}
+	ln, err := listenerOf(p.d)
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := ln.(*net.TCPListener)
+	if !ok {
+		ln.Close()
+		return nil, fmt.Errorf("a %T, want TCP", ln)
+	}
+	s := &socket{ln: tcp, net: p.sub, pooled: p, received: true, restore: restoreKeepAlive(g.lc)}
+	s.conn, err = tcp.SyscallConn()
+	return s, err
+}
+
+// checkSocket checks that a socket of the pool listens on the address of a
+// group, in its way.
+func checkSocket(p *pooled, g *group) error {
+	sa, err := unix.Getsockname(p.d.fd)
+	if err != nil {
+		return os.NewSyscallError("getsockname", err)
+	}
+	split := g.at.split()
+	i := slices.IndexFunc(split, func(at place) bool { return at.network == p.sub })
+	if i < 0 {
+		return fmt.Errorf("a socket for network %q", p.sub)
+	}
+	at := split[i]
+	wrong := fmt.Errorf("a socket that doesn't listen on %v", at)
+	host, _, _ := strings.Cut(at.host, "%")
+	ip, _ := netip.ParseAddr(host)
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		if at.network != "tcp4" || netip.AddrFrom4(sa.Addr) != ip || sa.Port != at.port {
+			return wrong
+		}
+	case *unix.SockaddrInet6:
+		if at.network == "tcp4" || netip.AddrFrom16(sa.Addr) != ip || sa.Port != at.port {
+			return wrong
+		}
+		only, err := unix.GetsockoptInt(p.d.fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+		if err != nil || ip.IsUnspecified() && (only == 0) != (at.network == "tcp") {
+			return wrong
+		}
+	case *unix.SockaddrUnix:
+		if sa.Name != at.host {
+			return wrong
+		}
+	default:
+		return wrong
+	}
+	if p.balanced && !isBalanced(uintptr(p.d.fd)) {
+		return errors.New("a socket that the kernel doesn't balance")
+	}
+	if !listens(p.d) {
+		return errors.New("a socket that doesn't listen")
+	}
+	return nil
+}
+
+// checkReceived checks a descriptor before anything is done with it.
+func checkReceived(d *descriptor, at place) error {
+	kind, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return fmt.Errorf("a descriptor that is no socket: %w", os.NewSyscallError("getsockopt SO_TYPE", err))
+	}
+	want := unix.SOCK_STREAM
+	if at.network == "unixpacket" {
+		want = unix.SOCK_SEQPACKET
+	}
+	if kind != want {
+		return fmt.Errorf("a socket of type %d, want %d", kind, want)
+	}
+	// The description is everybody's, and must never block anybody.
+	return os.NewSyscallError("fcntl F_SETFL", unix.SetNonblock(d.fd, true))
+}
+
+// listens tells whether a socket listens.
+func listens(d *descriptor) bool {
+	on, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	return err == nil && on != 0
+}
+
+// isScarce tells whether a new descriptor is one of the last quarter that this
+// process may have: those aren't for the sockets of others.
+func isScarce(fd int) bool {
+	var limit unix.Rlimit
+	return unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && uint64(fd) >= uint64(limit.Cur)/4*3
+}
+
+// listenerOf makes a listener of package net on a duplicate of a socket. It never
+// goes by os.File.Fd of a file that it put into non-blocking mode, because that
+// would make the description a blocking one, for all processes.
+func listenerOf(d *descriptor) (net.Listener, error) {
+	dup, err := duplicate(uintptr(d.fd))
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(dup.fd), "handoff")
+	defer f.Close()
+	return net.FileListener(f)
+}
