@@ -21,49 +21,16 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 	s := h.sockets[f.id]
 	switch f.kind {
 	case frameHas:
-		if !p.synced {
-			p.has[f.id] = f.flags&flagMine != 0
-		}
-		if h.young && f.process != (processID{}) && h.peer(f.process) == nil {
-			h.missing[f.process] = true
-		}
-		switch {
-		case s != nil && f.flags&flagMine != 0 && (s.owner == nil || s.owner.process == p.process):
-			h.own(p, s)
-		case s == nil && h.wanted[f.id] == nil:
-			h.want(p, f.id)
-		}
+		h.note(p, f)
 	case frameSynced:
 		p.asked = true
 		h.expected = max(h.expected, int(f.n)-1) // of them the hub before is gone
 		delete(h.missing, p.process)
 		h.syncAll()
 	case frameSocket:
-		delete(h.wanted, f.id)
-		defer h.syncAll()
-		if s == nil {
-			// Descriptors are for this process's own connections first.
-			if p.owns >= handoffMost || len(h.sockets) >= handoffSockets*handoffPeers || isScarce(d.fd) || checkReceived(d, f.at) != nil {
-				reply(p, f.n, 0)
-				break
-			}
-			h.deposit(p, f, d)
-			break
-		}
-		reply(p, f.n, flagOK)
+		h.receive(p, f, d)
 	case frameOwner:
-		if f.flags&flagMine == 0 {
-			if s != nil && s.owner == p {
-				h.own(nil, s)
-			}
-			break
-		}
-		if s == nil || s.owner != nil && s.owner != p || p.owns >= handoffMost {
-			reply(p, f.n, 0)
-			break
-		}
-		h.own(p, s)
-		reply(p, f.n, flagOK)
+		h.claim(p, f)
 	case frameDrop:
 		if s != nil && (s.by == p || s.owner == p) {
 			h.drop(s)
@@ -88,6 +55,55 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 	return nil
 }
 
+// note notes that a peer holds a socket, and asks for it if it isn't here. It is
+// called under mu, as all that follow.
+func (h *hub) note(p *hubPeer, f frame) {
+	if !p.synced {
+		p.has[f.id] = f.flags&flagMine != 0
+	}
+	if h.young && f.process != (processID{}) && h.peer(f.process) == nil {
+		h.missing[f.process] = true
+	}
+	switch s := h.sockets[f.id]; {
+	case s != nil && f.flags&flagMine != 0 && (s.owner == nil || s.owner.process == p.process):
+		h.own(p, s)
+	case s == nil && h.wanted[f.id] == nil:
+		h.want(p, f.id)
+	}
+}
+
+// receive deposits a socket that a peer sends, unless it is here already or there
+// is no room for it.
+func (h *hub) receive(p *hubPeer, f frame, d *descriptor) {
+	delete(h.wanted, f.id)
+	defer h.syncAll()
+	switch {
+	case h.sockets[f.id] != nil:
+		reply(p, f.n, flagOK)
+	// Descriptors are for this process's own connections first.
+	case p.owns >= handoffMost, len(h.sockets) >= handoffSockets*handoffPeers, isScarce(d.fd), checkReceived(d, f.at) != nil:
+		reply(p, f.n, 0)
+	default:
+		h.deposit(p, f, d)
+	}
+}
+
+// claim: a peer wants to accept from a socket, or doesn't any more.
+func (h *hub) claim(p *hubPeer, f frame) {
+	s := h.sockets[f.id]
+	switch {
+	case f.flags&flagMine == 0:
+		if s != nil && s.owner == p {
+			h.own(nil, s)
+		}
+	case s == nil, s.owner != nil && s.owner != p, p.owns >= handoffMost:
+		reply(p, f.n, 0)
+	default:
+		h.own(p, s)
+		reply(p, f.n, flagOK)
+	}
+}
+
 func reply(p *hubPeer, n uint32, flags byte) {
 	if n != 0 {
 		p.w.send(frame{kind: frameReply, n: n, flags: flags}, nil)
@@ -95,7 +111,7 @@ func reply(p *hubPeer, n uint32, flags byte) {
 }
 
 // tell sends a frame to every peer but one. Those that aren't synced are told
-// everything when they are. It is called under mu, as all that follow.
+// everything when they are.
 func (h *hub) tell(but *hubPeer, f frame) {
 	for p := range h.peers {
 		if p != but && p.synced {

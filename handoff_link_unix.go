@@ -223,21 +223,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	p := h.sockets[f.id]
 	switch f.kind {
 	case frameSocket:
-		if p == nil {
-			if err := checkReceived(d, f.at); err != nil {
-				return err
-			}
-			if isScarce(d.fd) {
-				return fmt.Errorf("no descriptors are left for the sockets of other processes: %w", unix.EMFILE)
-			}
-			p = &pooled{id: f.id, d: d.hold(), sub: f.sub, at: f.at, balanced: f.flags&flagBalanced != 0, isKept: true, fresh: !h.synced}
-			h.sockets[f.id] = p
-		}
-		p.owner = f.process
-		if f.n != 0 {
-			w.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
-		}
-		h.change()
+		return h.receive(w, f, d)
 	case frameWant:
 		if p != nil {
 			p.isKept = false
@@ -265,15 +251,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	case framePeers:
 		h.peers[f.at] = int(f.n)
 	case frameSynced:
-		h.synced, h.alone, h.why = true, false, nil
-		clear(h.peers) // the hub counts anew, after this
-		for _, p := range h.sockets {
-			p.fresh = false
-			if p.isKept {
-				p.keep()
-			}
-		}
-		h.turned()
+		h.told()
 	case frameReply:
 		if answer := h.answers[f.n]; answer != nil {
 			delete(h.answers, f.n)
@@ -281,6 +259,41 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 		}
 	}
 	return nil
+}
+
+// receive takes a socket that the hub passes on into the pool, and confirms it. It
+// returns why the socket was refused. It is called under mu.
+func (h *handoff) receive(w *wire, f frame, d *descriptor) error {
+	p := h.sockets[f.id]
+	if p == nil {
+		if err := checkReceived(d, f.at); err != nil {
+			return err
+		}
+		if isScarce(d.fd) {
+			return fmt.Errorf("no descriptors are left for the sockets of other processes: %w", unix.EMFILE)
+		}
+		p = &pooled{id: f.id, d: d.hold(), sub: f.sub, at: f.at, balanced: f.flags&flagBalanced != 0, isKept: true, fresh: !h.synced}
+		h.sockets[f.id] = p
+	}
+	p.owner = f.process
+	if f.n != 0 {
+		w.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
+	}
+	h.change()
+	return nil
+}
+
+// told notes that the hub has told everything. It is called under mu.
+func (h *handoff) told() {
+	h.synced, h.alone, h.why = true, false, nil
+	clear(h.peers) // the hub counts anew, after this
+	for _, p := range h.sockets {
+		p.fresh = false
+		if p.isKept {
+			p.keep()
+		}
+	}
+	h.turned()
 }
 
 // ask sends a frame that wants an answer. It is called under mu, and so is

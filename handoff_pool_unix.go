@@ -66,23 +66,45 @@ func (p *pooled) keep() {
 	}
 }
 
+// A step is a socket that a group is to share, or to take back. The group is nil
+// if it has left.
+type step struct {
+	p *pooled
+	g *group
+}
+
 // settle shares with its group what nobody is known to accept from, and takes
 // back what somebody does.
 func (h *handoff) settle() {
-	var logs []func()
-	defer func() { // without the lock
-		for _, f := range logs {
-			f()
-		}
-	}()
+	for _, say := range h.apply() {
+		say()
+	}
+}
+
+// apply does what settle is to do. It returns what is to be logged without the
+// lock.
+func (h *handoff) apply() (logs []func()) {
 	h.applying.Lock()
 	defer h.applying.Unlock()
-	type step struct {
-		p *pooled
-		g *group
+	share, back := h.steps()
+	for _, s := range back {
+		if s.g != nil {
+			s.g.takeBack(s.p)
+		}
 	}
-	var share, back []step
+	for _, s := range share {
+		if say := h.share(s); say != nil {
+			logs = append(logs, say)
+		}
+	}
+	return logs
+}
+
+// steps returns what groups are to share, with a use of each descriptor, and what
+// they are to take back. It is called under applying: nobody else takes steps.
+func (h *handoff) steps() (share, back []step) {
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	for _, p := range h.dropped {
 		back = append(back, step{p, h.groups[p.at]})
 	}
@@ -106,36 +128,32 @@ func (h *handoff) settle() {
 			back = append(back, step{p, g})
 		}
 	}
-	h.mu.Unlock()
+	return share, back
+}
 
-	for _, s := range back {
-		if s.g != nil {
-			s.g.takeBack(s.p)
+// share has a group share a socket. It returns what is to be logged of it, and is
+// called under applying.
+func (h *handoff) share(s step) (say func()) {
+	sock, err := h.open(s.p, s.g)
+	s.p.d.release()
+	if err == nil {
+		if !s.g.inherit(sock) {
+			sock.ln.Close() // the group ends, and leaves the pool
+			return nil
+		}
+		return func() {
+			log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.g.at)
 		}
 	}
-	for _, s := range share {
-		sock, err := h.open(s.p, s.g)
-		s.p.d.release()
-		if err == nil {
-			if s.g.inherit(sock) {
-				logs = append(logs, func() {
-					log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.g.at)
-				})
-			} else {
-				sock.ln.Close() // the group ends, and leaves the pool
-			}
-			continue
-		}
-		h.mu.Lock()
-		s.p.shared = false
-		s.p.refused = !isShortage(err)
-		h.mu.Unlock()
-		logs = append(logs, func() {
-			log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.g.at, "reason", err)
-		})
-		if isShortage(err) {
-			time.AfterFunc(retryAfter, h.change)
-		}
+	h.mu.Lock()
+	s.p.shared = false
+	s.p.refused = !isShortage(err)
+	h.mu.Unlock()
+	if isShortage(err) {
+		time.AfterFunc(retryAfter, h.change)
+	}
+	return func() {
+		log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.g.at, "reason", err)
 	}
 }
 
