@@ -242,7 +242,7 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	case frameDrop:
 		switch {
 		case p == nil:
-		case p.mine: // it can't know
+		case p.role == roleOwned: // it can't know
 			p.isKept = false
 			h.give(p)
 		default:

@@ -27,17 +27,52 @@ type pooled struct {
 	sub      string // the network of the socket, where a member has two
 	balanced bool   // it is one of the kernel's group
 	at       place  // the address of its group; port 0 until it is known
-	mine     bool   // this process accepts from it, or what a member of it left is shared here
+	role     role   // what it is to this process
 	owner    processID
-	shared   bool          // this process shares it, because nobody is known to accept from it
 	fresh    bool          // it came while the hub had not told everything yet
-	refused  bool          // it is not what it is said to be
 	kept     chan struct{} // closed when the others have it, for who waits for that
 	isKept   bool          // they have it, as far as is known
 }
 
+// A role is what a socket of the pool is to this process. Only balanced ones are
+// owned or shared, because the dispatcher of a group has one socket for all.
+type role byte
+
+const (
+	roleNone    role = iota // left alone: another process accepts from it, or no group of it is here
+	roleOwned               // this process accepts from it, or what a member of it left is shared here
+	roleShared              // this process shares it, because nobody is known to accept from it
+	roleRefused             // left alone for good: it is not what it is said to be
+)
+
+// ownLocked: a member of this process accepts from the socket from here on.
+func (p *pooled) ownLocked() { p.role = roleOwned }
+
+// disownLocked ends that. It does nothing in another role.
+func (p *pooled) disownLocked() {
+	if p.role == roleOwned {
+		p.role = roleNone
+	}
+}
+
+// shareLocked: the group of the socket shares it from here on.
+func (p *pooled) shareLocked() { p.role = roleShared }
+
+// unshareLocked ends that. It does nothing in another role, and returns false.
+func (p *pooled) unshareLocked() bool {
+	if p.role != roleShared {
+		return false
+	}
+	p.role = roleNone
+	return true
+}
+
+// refuseLocked: the socket was looked at and is not what it is said to be. That
+// is final. What this process owns is never looked at.
+func (p *pooled) refuseLocked() { p.role = roleRefused }
+
 func (p *pooled) flags() (flags byte) {
-	if p.mine {
+	if p.role == roleOwned {
 		flags |= flagMine
 	}
 	if p.balanced {
@@ -50,8 +85,7 @@ func (p *pooled) flags() (flags byte) {
 func (h *handoff) forget(p *pooled) {
 	delete(h.sockets, p.id)
 	p.d.release()
-	if p.shared {
-		p.shared = false
+	if p.unshareLocked() {
 		h.dropped = append(h.dropped, p)
 		h.change()
 	}
@@ -111,7 +145,7 @@ func (h *handoff) steps() (share, back []step) {
 	h.dropped = nil
 	for _, p := range h.sockets {
 		g := h.groups[p.at]
-		if g == nil || p.mine || p.refused || !p.balanced || g.d != nil {
+		if g == nil || p.role == roleOwned || p.role == roleRefused || !p.balanced || g.d != nil {
 			continue
 		}
 		if p.fresh && h.w != nil {
@@ -119,12 +153,11 @@ func (h *handoff) steps() (share, back []step) {
 		}
 		// A claim of this process becomes its own only with the answer.
 		switch free := h.alone || p.owner == (processID{}) || p.owner == h.process; {
-		case free && !p.shared && listens(p.d):
-			p.shared = true
+		case free && p.role == roleNone && listens(p.d):
+			p.shareLocked()
 			p.d.hold()
 			share = append(share, step{p, g})
-		case !free && p.shared:
-			p.shared = false
+		case !free && p.unshareLocked():
 			back = append(back, step{p, g})
 		}
 	}
@@ -146,8 +179,10 @@ func (h *handoff) share(s step) (say func()) {
 		}
 	}
 	h.mu.Lock()
-	s.p.shared = false
-	s.p.refused = !isShortage(err)
+	s.p.unshareLocked()
+	if !isShortage(err) {
+		s.p.refuseLocked()
+	}
 	h.mu.Unlock()
 	if isShortage(err) {
 		time.AfterFunc(retryAfter, h.change)

@@ -139,7 +139,8 @@ func (h *handoff) leave(g *group) (others bool) {
 	delete(h.groups, g.at)
 	for _, p := range h.sockets {
 		if p.at == g.at {
-			p.mine, p.shared = false, false
+			p.disownLocked()
+			p.unshareLocked()
 		}
 	}
 	h.mu.Unlock()
@@ -163,7 +164,10 @@ func (h *handoff) leave(g *group) (others bool) {
 // deposit puts a new socket into the pool, before it is bound, and returns when
 // the others have it, or can't be waited for. The error is one of this process.
 func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at place) (*pooled, error) {
-	p := &pooled{id: newID(), at: g.at, sub: at.network, balanced: g.d == nil, mine: g.d == nil, kept: make(chan struct{})}
+	p := &pooled{id: newID(), at: g.at, sub: at.network, balanced: g.d == nil, kept: make(chan struct{})}
+	if p.balanced {
+		p.ownLocked() // nobody else knows of it yet
+	}
 	kept := p.kept
 	err := control(c, func(fd uintptr) (err error) { p.d, err = duplicate(fd); return err })
 	if err != nil {
@@ -219,7 +223,7 @@ func (h *handoff) withdraw(p *pooled) {
 // asked: without a hub everybody shares everything, and what is owned isn't known.
 func (h *handoff) claim(ctx context.Context, p *pooled) bool {
 	h.mu.Lock()
-	mine := p.mine
+	mine := p.role == roleOwned
 	h.mu.Unlock()
 	if mine {
 		return true
@@ -236,7 +240,7 @@ func (h *handoff) claim(ctx context.Context, p *pooled) bool {
 	if h.sockets[p.id] != p {
 		return false
 	}
-	p.mine, p.shared = true, false
+	p.ownLocked()
 	return true
 }
 
@@ -244,7 +248,7 @@ func (h *handoff) claim(ctx context.Context, p *pooled) bool {
 func (h *handoff) giveBack(p *pooled) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p.mine = false
+	p.disownLocked()
 	if h.w != nil {
 		h.w.send(frame{kind: frameOwner, id: p.id}, nil)
 	}
@@ -263,7 +267,7 @@ func (h *handoff) state(at place) error {
 		return fmt.Errorf("the handoff %s: no other process listens on the address", h.path)
 	}
 	for _, p := range h.sockets {
-		if p.at == at && (p.mine || !p.balanced) && !p.isKept {
+		if p.at == at && (p.role == roleOwned || !p.balanced) && !p.isKept {
 			return fmt.Errorf("the handoff %s: the others don't have every socket of this process (they take %d)", h.path, handoffSockets)
 		}
 	}
@@ -276,7 +280,7 @@ func (h *handoff) find(g *group) (net.Listener, error) {
 	h.mu.Lock()
 	var found *pooled
 	for _, p := range h.sockets {
-		if p.at == g.at && !p.balanced && !p.refused && listens(p.d) {
+		if p.at == g.at && !p.balanced && p.role != roleRefused && listens(p.d) {
 			found = p
 			p.d.hold()
 			break
@@ -293,7 +297,7 @@ func (h *handoff) find(g *group) (net.Listener, error) {
 	}
 	if err != nil {
 		h.mu.Lock()
-		found.refused = true
+		found.refuseLocked()
 		h.mu.Unlock()
 		log(g.log, "a socket of the handoff can't be used", "path", h.path, "address", g.at, "reason", err)
 		return nil, nil
