@@ -7,8 +7,6 @@ package lblisten
 // nobody special: everybody holds every socket, so when it dies another process
 // takes the lock and the rest tell it what they have. Its own process is a
 // client of it like the others, over the same kind of connection.
-//
-// Nothing blocks under hub.mu: what is to be sent is queued.
 
 import (
 	"errors"
@@ -60,6 +58,9 @@ type hub struct {
 	count   chan int      // of the processes, for the lock file; holds one
 	wg      sync.WaitGroup
 
+	// mu guards what follows, and of each hubPeer and hubSocket what changes.
+	// Nothing blocks under it: what is to be sent is queued, for which only wire.mu
+	// is taken. Functions that end in Locked are called with it.
 	mu       sync.Mutex
 	closed   bool
 	peers    map[*hubPeer]bool
@@ -75,7 +76,7 @@ type hub struct {
 // A hubPeer is a process of the set.
 type hubPeer struct {
 	w       *wire
-	process processID
+	process processID         // set before it is asked or owns anything
 	asked   bool              // it has said all that it holds
 	has     map[socketID]bool // and whether it accepts from it; until it was told the rest
 	synced  bool              // it was told the rest, and is from then on
@@ -175,7 +176,7 @@ func (h *hub) begin() error {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.young = false
-		h.syncAll()
+		h.syncAllLocked()
 	})
 	return nil
 }
@@ -276,7 +277,7 @@ func (h *hub) close() {
 	}
 	h.mu.Unlock()
 	h.wg.Wait()
-	for _, s := range h.sockets {
+	for _, s := range h.sockets { // nobody changes them any more
 		s.d.release()
 	}
 	h.writeCount(others + 1) // as if it had died
@@ -299,7 +300,7 @@ func (h *hub) serve(p *hubPeer) {
 		}
 	}
 	h.mu.Lock()
-	h.leave(p)
+	h.leaveLocked(p)
 	h.mu.Unlock()
 	p.w.close()
 	p.w.drain()

@@ -21,62 +21,61 @@ func (h *hub) hear(p *hubPeer, f frame, d *descriptor) error {
 	s := h.sockets[f.id]
 	switch f.kind {
 	case frameHas:
-		h.note(p, f)
+		h.noteLocked(p, f)
 	case frameSynced:
 		p.asked = true
 		h.expected = max(h.expected, int(f.n)-1) // of them the hub before is gone
 		delete(h.missing, p.process)
-		h.syncAll()
+		h.syncAllLocked()
 	case frameSocket:
-		h.receive(p, f, d)
+		h.receiveLocked(p, f, d)
 	case frameOwner:
-		h.claim(p, f)
+		h.claimLocked(p, f)
 	case frameDrop:
 		if s != nil && (s.by == p || s.owner == p) {
-			h.drop(s)
+			h.dropLocked(s)
 		}
 	case frameBound:
 		if s != nil && (s.by == p || s.owner == p) && s.f.at.port == 0 {
 			s.f.at = f.at
-			h.tell(p, frame{kind: frameBound, id: f.id, at: f.at})
+			h.tellLocked(p, frame{kind: frameBound, id: f.id, at: f.at})
 		}
 	case frameOn:
 		p.on[f.at] = true
-		h.recount(f.at)
+		h.recountLocked(f.at)
 		reply(p, f.n, flagOK)
 	case frameOff:
-		reply(p, f.n, h.off(p, f.at))
+		reply(p, f.n, h.offLocked(p, f.at))
 	case frameReply:
 		if dep := h.pending[f.n]; dep != nil {
-			h.confirmed(f.n, dep, p)
+			h.confirmedLocked(f.n, dep, p)
 		}
 		p.slow = false
 	}
 	return nil
 }
 
-// note notes that a peer holds a socket, and asks for it if it isn't here. It is
-// called under mu, as all that follow.
-func (h *hub) note(p *hubPeer, f frame) {
+// noteLocked notes that a peer holds a socket, and asks for it if it isn't here.
+func (h *hub) noteLocked(p *hubPeer, f frame) {
 	if !p.synced {
 		p.has[f.id] = f.flags&flagMine != 0
 	}
-	if h.young && f.process != (processID{}) && h.peer(f.process) == nil {
+	if h.young && f.process != (processID{}) && h.peerLocked(f.process) == nil {
 		h.missing[f.process] = true
 	}
 	switch s := h.sockets[f.id]; {
 	case s != nil && f.flags&flagMine != 0 && (s.owner == nil || s.owner.process == p.process):
-		h.own(p, s)
+		h.ownLocked(p, s)
 	case s == nil && h.wanted[f.id] == nil:
-		h.want(p, f.id)
+		h.wantLocked(p, f.id)
 	}
 }
 
-// receive deposits a socket that a peer sends, unless it is here already or there
-// is no room for it.
-func (h *hub) receive(p *hubPeer, f frame, d *descriptor) {
+// receiveLocked deposits a socket that a peer sends, unless it is here already or
+// there is no room for it.
+func (h *hub) receiveLocked(p *hubPeer, f frame, d *descriptor) {
 	delete(h.wanted, f.id)
-	defer h.syncAll()
+	defer h.syncAllLocked()
 	switch {
 	case h.sockets[f.id] != nil:
 		reply(p, f.n, flagOK)
@@ -84,22 +83,22 @@ func (h *hub) receive(p *hubPeer, f frame, d *descriptor) {
 	case p.owns >= handoffMost, len(h.sockets) >= handoffSockets*handoffPeers, isScarce(d.fd), checkReceived(d, f.at) != nil:
 		reply(p, f.n, 0)
 	default:
-		h.deposit(p, f, d)
+		h.depositLocked(p, f, d)
 	}
 }
 
-// claim: a peer wants to accept from a socket, or doesn't any more.
-func (h *hub) claim(p *hubPeer, f frame) {
+// claimLocked: a peer wants to accept from a socket, or doesn't any more.
+func (h *hub) claimLocked(p *hubPeer, f frame) {
 	s := h.sockets[f.id]
 	switch {
 	case f.flags&flagMine == 0:
 		if s != nil && s.owner == p {
-			h.own(nil, s)
+			h.ownLocked(nil, s)
 		}
 	case s == nil, s.owner != nil && s.owner != p, p.owns >= handoffMost:
 		reply(p, f.n, 0)
 	default:
-		h.own(p, s)
+		h.ownLocked(p, s)
 		reply(p, f.n, flagOK)
 	}
 }
@@ -110,9 +109,9 @@ func reply(p *hubPeer, n uint32, flags byte) {
 	}
 }
 
-// tell sends a frame to every peer but one. Those that aren't synced are told
+// tellLocked sends a frame to every peer but one. Those that aren't synced are told
 // everything when they are.
-func (h *hub) tell(but *hubPeer, f frame) {
+func (h *hub) tellLocked(but *hubPeer, f frame) {
 	for p := range h.peers {
 		if p != but && p.synced {
 			p.w.send(f, nil)
@@ -120,7 +119,7 @@ func (h *hub) tell(but *hubPeer, f frame) {
 	}
 }
 
-func (h *hub) own(p *hubPeer, s *hubSocket) {
+func (h *hub) ownLocked(p *hubPeer, s *hubSocket) {
 	if s.owner != nil {
 		s.owner.owns--
 	}
@@ -130,20 +129,20 @@ func (h *hub) own(p *hubPeer, s *hubSocket) {
 		p.owns++
 		f.process = p.process
 	}
-	h.tell(nil, f)
+	h.tellLocked(nil, f)
 }
 
-func (h *hub) drop(s *hubSocket) {
+func (h *hub) dropLocked(s *hubSocket) {
 	if s.owner != nil {
 		s.owner.owns--
 	}
 	delete(h.sockets, s.f.id)
 	s.d.release()
-	h.tell(nil, frame{kind: frameDrop, id: s.f.id})
+	h.tellLocked(nil, frame{kind: frameDrop, id: s.f.id})
 }
 
-// socketFrame is how a peer is told of a socket.
-func socketFrame(s *hubSocket, n uint32) frame {
+// socketFrameLocked is how a peer is told of a socket.
+func socketFrameLocked(s *hubSocket, n uint32) frame {
 	f := s.f
 	f.kind, f.n, f.flags = frameSocket, n, f.flags&flagBalanced
 	f.process = processID{}
@@ -153,8 +152,8 @@ func socketFrame(s *hubSocket, n uint32) frame {
 	return f
 }
 
-// deposit keeps a new socket, passes it on, and answers when all have it.
-func (h *hub) deposit(p *hubPeer, f frame, d *descriptor) {
+// depositLocked keeps a new socket, passes it on, and answers when all have it.
+func (h *hub) depositLocked(p *hubPeer, f frame, d *descriptor) {
 	s := &hubSocket{d: d.hold(), f: f, by: p}
 	h.sockets[f.id] = s
 	for q := range h.peers {
@@ -169,7 +168,7 @@ func (h *hub) deposit(p *hubPeer, f frame, d *descriptor) {
 	dep := &deposit{from: p, n: f.n, wait: make(map[*hubPeer]bool)}
 	for q := range h.peers {
 		if q != p && q.synced {
-			q.w.send(socketFrame(s, n), d)
+			q.w.send(socketFrameLocked(s, n), d)
 			if !q.slow {
 				dep.wait[q] = true
 			}
@@ -185,13 +184,13 @@ func (h *hub) deposit(p *hubPeer, f frame, d *descriptor) {
 		defer h.mu.Unlock()
 		for q := range dep.wait {
 			q.slow = true
-			h.confirmed(n, dep, q)
+			h.confirmedLocked(n, dep, q)
 		}
 	})
 }
 
-// confirmed takes a peer off those that a deposit waits for.
-func (h *hub) confirmed(n uint32, dep *deposit, p *hubPeer) {
+// confirmedLocked takes a peer off those that a deposit waits for.
+func (h *hub) confirmedLocked(n uint32, dep *deposit, p *hubPeer) {
 	delete(dep.wait, p)
 	if len(dep.wait) == 0 && h.pending[n] == dep {
 		dep.timer.Stop()
@@ -200,26 +199,26 @@ func (h *hub) confirmed(n uint32, dep *deposit, p *hubPeer) {
 	}
 }
 
-// want asks a peer for a socket that it has.
-func (h *hub) want(p *hubPeer, id socketID) {
+// wantLocked asks a peer for a socket that it has.
+func (h *hub) wantLocked(p *hubPeer, id socketID) {
 	if len(h.wanted) == 0 {
 		time.AfterFunc(gatherTime, func() {
 			h.mu.Lock()
 			defer h.mu.Unlock()
 			clear(h.wanted)
-			h.syncAll()
+			h.syncAllLocked()
 		})
 	}
 	h.wanted[id] = p
 	p.w.send(frame{kind: frameWant, id: id}, nil)
 }
 
-// complete tells whether everything is known that there is to know.
-func (h *hub) complete() bool {
+// completeLocked tells whether everything is known that there is to know.
+func (h *hub) completeLocked() bool {
 	if h.young {
 		came := 0
 		for p := range h.peers {
-			if p.hasCome() {
+			if p.hasComeLocked() {
 				came++
 			}
 		}
@@ -230,12 +229,12 @@ func (h *hub) complete() bool {
 	return len(h.wanted) == 0
 }
 
-// hasCome tells whether a peer can be one that the hub before knew, and has said all
-// that it holds.
-func (p *hubPeer) hasCome() bool { return p.asked && (p.synced || len(p.has) > 0) }
+// hasComeLocked tells whether a peer can be one that the hub before knew, and has
+// said all that it holds.
+func (p *hubPeer) hasComeLocked() bool { return p.asked && (p.synced || len(p.has) > 0) }
 
-// peer returns the peer of a process that has said all that it holds.
-func (h *hub) peer(process processID) *hubPeer {
+// peerLocked returns the peer of a process that has said all that it holds.
+func (h *hub) peerLocked(process processID) *hubPeer {
 	for p := range h.peers {
 		if p.asked && p.process == process {
 			return p
@@ -244,22 +243,22 @@ func (h *hub) peer(process processID) *hubPeer {
 	return nil
 }
 
-// syncAll tells those that asked what they don't know, once everything is known.
-func (h *hub) syncAll() {
-	if h.closed || !h.complete() {
+// syncAllLocked tells those that asked what they don't know, once everything is known.
+func (h *hub) syncAllLocked() {
+	if h.closed || !h.completeLocked() {
 		return
 	}
 	for p := range h.peers {
 		if p.asked && !p.synced {
-			h.sync(p)
+			h.syncLocked(p)
 		}
 	}
 }
 
-func (h *hub) sync(p *hubPeer) {
+func (h *hub) syncLocked(p *hubPeer) {
 	for id, s := range h.sockets {
 		if _, has := p.has[id]; !has {
-			p.w.send(socketFrame(s, 0), s.d)
+			p.w.send(socketFrameLocked(s, 0), s.d)
 			continue
 		}
 		f := frame{kind: frameOwner, id: id}
@@ -275,14 +274,14 @@ func (h *hub) sync(p *hubPeer) {
 	}
 	p.has, p.synced = nil, true
 	p.w.send(frame{kind: frameSynced}, nil)
-	h.counted()
+	h.countedLocked()
 	for at := range p.on {
-		h.recount(at)
+		h.recountLocked(at)
 	}
 }
 
-// counted has the number of processes written into the lock file.
-func (h *hub) counted() {
+// countedLocked has the number of processes written into the lock file.
+func (h *hub) countedLocked() {
 	n := 0
 	for p := range h.peers {
 		if p.synced {
@@ -296,8 +295,8 @@ func (h *hub) counted() {
 	h.count <- n // room for one was just made, under mu
 }
 
-// recount tells the peers on an address how many they are.
-func (h *hub) recount(at place) {
+// recountLocked tells the peers on an address how many they are.
+func (h *hub) recountLocked(at place) {
 	n := 0
 	for p := range h.peers {
 		if p.on[at] && p.synced {
@@ -311,9 +310,10 @@ func (h *hub) recount(at place) {
 	}
 }
 
-// on counts the peers on an address that live, also if nobody has read yet that one
-// has gone: who is told that others accept leaves them a unix socket's file.
-func (h *hub) on(at place) int {
+// onLocked counts the peers on an address that live, also if nobody has read yet
+// that one has gone: who is told that others accept leaves them a unix socket's
+// file.
+func (h *hub) onLocked(at place) int {
 	n := 0
 	for p := range h.peers {
 		if p.on[at] && !p.w.isCut() {
@@ -323,48 +323,48 @@ func (h *hub) on(at place) int {
 	return n
 }
 
-// off: a peer leaves an address. Its sockets there are anybody's, and if nobody
-// is there any more, that is their end. It returns flagOK if somebody is.
-func (h *hub) off(p *hubPeer, at place) byte {
+// offLocked: a peer leaves an address. Its sockets there are anybody's, and if
+// nobody is there any more, that is their end. It returns flagOK if somebody is.
+func (h *hub) offLocked(p *hubPeer, at place) byte {
 	delete(p.on, at)
-	others := h.on(at) > 0 || !h.complete() // who knows who comes
+	others := h.onLocked(at) > 0 || !h.completeLocked() // who knows who comes
 	for _, s := range h.sockets {
 		switch {
 		case s.f.at != at:
 		case !others:
-			h.drop(s)
+			h.dropLocked(s)
 		case s.owner == p:
-			h.own(nil, s)
+			h.ownLocked(nil, s)
 		}
 	}
-	h.recount(at)
+	h.recountLocked(at)
 	if others {
 		return flagOK
 	}
 	return 0
 }
 
-// leave: a peer is gone.
-func (h *hub) leave(p *hubPeer) {
+// leaveLocked: a peer is gone.
+func (h *hub) leaveLocked(p *hubPeer) {
 	delete(h.peers, p)
-	if p.hasCome() {
+	if p.hasComeLocked() {
 		h.expected--
 	}
 	for _, s := range h.sockets {
 		if s.by == p {
 			s.by = nil
 			if !listens(s.d) {
-				h.drop(s) // and never will
+				h.dropLocked(s) // and never will
 				continue
 			}
 		}
 		if s.owner == p {
-			h.own(nil, s)
+			h.ownLocked(nil, s)
 		}
 	}
 	for n, dep := range h.pending {
 		if dep.wait[p] {
-			h.confirmed(n, dep, p)
+			h.confirmedLocked(n, dep, p)
 		}
 	}
 	for id, q := range h.wanted {
@@ -372,18 +372,18 @@ func (h *hub) leave(p *hubPeer) {
 			delete(h.wanted, id)
 			for r := range h.peers {
 				if _, has := r.has[id]; has {
-					h.want(r, id)
+					h.wantLocked(r, id)
 					break
 				}
 			}
 		}
 	}
-	h.syncAll()
+	h.syncAllLocked()
 	for at := range p.on {
-		h.recount(at)
+		h.recountLocked(at)
 	}
 	if p.synced && !h.closed {
-		h.counted()
+		h.countedLocked()
 	}
 }
 
@@ -404,7 +404,7 @@ func (h *hub) dropUnserved() {
 		case s.unserved.IsZero():
 			s.unserved = time.Now()
 		case time.Since(s.unserved) >= unservedFor:
-			h.drop(s)
+			h.dropLocked(s)
 		}
 	}
 }

@@ -98,7 +98,7 @@ func (h *handoff) fail(err error) {
 	h.w, h.synced, h.alone, h.why = nil, false, true, err
 	for _, p := range h.sockets {
 		if p.fresh && isShortage(err) {
-			h.forget(p) // others hold it, and descriptors are for this process's own first
+			h.forgetLocked(p) // others hold it, and descriptors are for this process's own first
 			continue
 		}
 		p.fresh, p.isKept = false, false // this process may be the only one that holds it
@@ -111,12 +111,11 @@ func (h *handoff) fail(err error) {
 	for _, answer := range answers {
 		answer(false, false)
 	}
-	h.turned()
+	h.turnedLocked()
 }
 
-// turned tells who waits for a turn, and has what is shared settled anew. It is
-// called under mu.
-func (h *handoff) turned() {
+// turnedLocked tells who waits for a turn, and has what is shared settled anew.
+func (h *handoff) turnedLocked() {
 	close(h.turn)
 	h.turn = make(chan struct{})
 	h.change()
@@ -193,7 +192,7 @@ func (h *handoff) greet(w *wire) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range h.sockets {
-		w.send(frame{kind: frameHas, flags: p.flags(), id: p.id, process: p.owner, at: p.at, sub: p.sub}, nil)
+		w.send(frame{kind: frameHas, flags: p.flagsLocked(), id: p.id, process: p.owner, at: p.at, sub: p.sub}, nil)
 		p.owner = processID{} // unless the hub says so again
 		p.isKept = true       // unless the hub wants it
 	}
@@ -223,11 +222,11 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	p := h.sockets[f.id]
 	switch f.kind {
 	case frameSocket:
-		return h.receive(w, f, d)
+		return h.receiveLocked(w, f, d)
 	case frameWant:
 		if p != nil {
 			p.isKept = false
-			h.give(p)
+			h.giveLocked(p)
 		}
 	case frameOwner:
 		if p != nil {
@@ -244,14 +243,14 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 		case p == nil:
 		case p.role == roleOwned: // it can't know
 			p.isKept = false
-			h.give(p)
+			h.giveLocked(p)
 		default:
-			h.forget(p)
+			h.forgetLocked(p)
 		}
 	case framePeers:
 		h.peers[f.at] = int(f.n)
 	case frameSynced:
-		h.told()
+		h.toldLocked()
 	case frameReply:
 		if answer := h.answers[f.n]; answer != nil {
 			delete(h.answers, f.n)
@@ -261,9 +260,9 @@ func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
 	return nil
 }
 
-// receive takes a socket that the hub passes on into the pool, and confirms it. It
-// returns why the socket was refused. It is called under mu.
-func (h *handoff) receive(w *wire, f frame, d *descriptor) error {
+// receiveLocked takes a socket that the hub passes on into the pool, and confirms
+// it. It returns why the socket was refused.
+func (h *handoff) receiveLocked(w *wire, f frame, d *descriptor) error {
 	p := h.sockets[f.id]
 	if p == nil {
 		if err := checkReceived(d, f.at); err != nil {
@@ -283,22 +282,22 @@ func (h *handoff) receive(w *wire, f frame, d *descriptor) error {
 	return nil
 }
 
-// told notes that the hub has told everything. It is called under mu.
-func (h *handoff) told() {
+// toldLocked notes that the hub has told everything.
+func (h *handoff) toldLocked() {
 	h.synced, h.alone, h.why = true, false, nil
 	clear(h.peers) // the hub counts anew, after this
 	for _, p := range h.sockets {
 		p.fresh = false
 		if p.isKept {
-			p.keep()
+			p.keepLocked()
 		}
 	}
-	h.turned()
+	h.turnedLocked()
 }
 
-// ask sends a frame that wants an answer. It is called under mu, and so is
-// answer; answered is false if there is no hub (any more).
-func (h *handoff) ask(f frame, d *descriptor, answer func(ok, answered bool)) {
+// askLocked sends a frame that wants an answer. Answer is called with the lock, too;
+// answered is false if there is no hub (any more).
+func (h *handoff) askLocked(f frame, d *descriptor, answer func(ok, answered bool)) {
 	if h.w == nil {
 		answer(false, false)
 		return
@@ -309,11 +308,11 @@ func (h *handoff) ask(f frame, d *descriptor, answer func(ok, answered bool)) {
 	h.w.send(f, d)
 }
 
-// give deposits a socket with the hub. It is called under mu.
-func (h *handoff) give(p *pooled) {
-	h.ask(frame{kind: frameSocket, flags: p.flags(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, answered bool) {
+// giveLocked deposits a socket with the hub.
+func (h *handoff) giveLocked(p *pooled) {
+	h.askLocked(frame{kind: frameSocket, flags: p.flagsLocked(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, answered bool) {
 		if answered {
-			p.keep()
+			p.keepLocked()
 			p.isKept = ok
 		}
 	})
@@ -354,7 +353,7 @@ func (h *handoff) await(ctx context.Context, done <-chan struct{}) error {
 			if h.synced && h.w != nil {
 				h.synced, h.why = false, errors.New("the hub doesn't answer; is its process stopped?")
 				h.w.c.Close()
-				h.turned()
+				h.turnedLocked()
 			}
 			h.mu.Unlock()
 			return fmt.Errorf("no answer within %v", exchangeTime)
@@ -388,7 +387,7 @@ func (h *handoff) exchange(ctx context.Context, f frame) (ok bool, err error) {
 		done := make(chan struct{})
 		var yes, answered bool
 		h.mu.Lock()
-		h.ask(f, nil, func(ok, really bool) {
+		h.askLocked(f, nil, func(ok, really bool) {
 			yes, answered = ok, really
 			close(done)
 		})

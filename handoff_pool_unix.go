@@ -19,19 +19,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A pooled is a socket of the set, as this process knows it. Guarded by
-// handoff.mu, but for what never changes.
+// A pooled is a socket of the set, as this process knows it.
 type pooled struct {
 	id       socketID
 	d        *descriptor
 	sub      string // the network of the socket, where a member has two
 	balanced bool   // it is one of the kernel's group
-	at       place  // the address of its group; port 0 until it is known
-	role     role   // what it is to this process
-	owner    processID
-	fresh    bool          // it came while the hub had not told everything yet
-	kept     chan struct{} // closed when the others have it, for who waits for that
-	isKept   bool          // they have it, as far as is known
+
+	// What follows is guarded by handoff.mu.
+	at     place // the address of its group; port 0 until it is known
+	role   role  // what it is to this process
+	owner  processID
+	fresh  bool          // it came while the hub had not told everything yet
+	kept   chan struct{} // closed when the others have it, for who waits for that
+	isKept bool          // they have it, as far as is known
 }
 
 // A role is what a socket of the pool is to this process. Only balanced ones are
@@ -71,7 +72,7 @@ func (p *pooled) unshareLocked() bool {
 // is final. What this process owns is never looked at.
 func (p *pooled) refuseLocked() { p.role = roleRefused }
 
-func (p *pooled) flags() (flags byte) {
+func (p *pooled) flagsLocked() (flags byte) {
 	if p.role == roleOwned {
 		flags |= flagMine
 	}
@@ -81,8 +82,8 @@ func (p *pooled) flags() (flags byte) {
 	return flags
 }
 
-// forget takes a socket out of the pool. It is called under mu.
-func (h *handoff) forget(p *pooled) {
+// forgetLocked takes a socket out of the pool.
+func (h *handoff) forgetLocked(p *pooled) {
 	delete(h.sockets, p.id)
 	p.d.release()
 	if p.unshareLocked() {
@@ -91,8 +92,8 @@ func (h *handoff) forget(p *pooled) {
 	}
 }
 
-// keep notes that the others have a socket. It is called under mu.
-func (p *pooled) keep() {
+// keepLocked notes that the others have a socket.
+func (p *pooled) keepLocked() {
 	p.isKept = true
 	if p.kept != nil {
 		close(p.kept)
@@ -115,28 +116,28 @@ func (h *handoff) settle() {
 	}
 }
 
-// apply does what settle is to do. It returns what is to be logged without the
-// lock.
+// apply does what settle is to do. It returns what is to be logged, which is done
+// without a lock, because a logger is the user's code.
 func (h *handoff) apply() (logs []func()) {
 	h.applying.Lock()
 	defer h.applying.Unlock()
-	share, back := h.steps()
+	share, back := h.stepsLocked()
 	for _, s := range back {
 		if s.g != nil {
 			s.g.takeBack(s.p)
 		}
 	}
 	for _, s := range share {
-		if say := h.share(s); say != nil {
+		if say := h.takeLocked(s); say != nil {
 			logs = append(logs, say)
 		}
 	}
 	return logs
 }
 
-// steps returns what groups are to share, with a use of each descriptor, and what
-// they are to take back. It is called under applying: nobody else takes steps.
-func (h *handoff) steps() (share, back []step) {
+// stepsLocked returns what groups are to share, with a use of each descriptor, and
+// what they are to take back. The lock is applying: nobody else takes steps.
+func (h *handoff) stepsLocked() (share, back []step) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range h.dropped {
@@ -164,9 +165,9 @@ func (h *handoff) steps() (share, back []step) {
 	return share, back
 }
 
-// share has a group share a socket. It returns what is to be logged of it, and is
-// called under applying.
-func (h *handoff) share(s step) (say func()) {
+// takeLocked has a group share a socket. It returns what is to be logged of it. The
+// lock is applying.
+func (h *handoff) takeLocked(s step) (say func()) {
 	sock, err := h.open(s.p, s.g)
 	s.p.d.release()
 	if err == nil {

@@ -796,11 +796,11 @@ func TestHandoffHubLooksWhoLives(t *testing.T) {
 	}
 	one, _ := join()
 	_, other := join()
-	require.EqualValues(t, flagOK, h.off(one, at))
+	require.EqualValues(t, flagOK, h.offLocked(one, at))
 	_, err = other.Write([]byte("last words"))
 	require.NoError(t, err)
 	require.NoError(t, other.Close())
-	require.Zero(t, h.off(one, at))
+	require.Zero(t, h.offLocked(one, at))
 }
 
 // A new hub doesn't wait for processes that have come and gone.
@@ -808,16 +808,16 @@ func TestHandoffHubWaitsForNobodyTwice(t *testing.T) {
 	h := &hub{young: true, expected: 2, peers: make(map[*hubPeer]bool), count: make(chan int, 1)}
 	var came []*hubPeer
 	for range h.expected {
-		require.False(t, h.complete())
+		require.False(t, h.completeLocked())
 		p := &hubPeer{asked: true, synced: true}
 		h.peers[p] = true
 		came = append(came, p)
 	}
 	for _, p := range came {
-		require.True(t, h.complete())
-		h.leave(p)
+		require.True(t, h.completeLocked())
+		h.leaveLocked(p)
 	}
-	require.True(t, h.complete())
+	require.True(t, h.completeLocked())
 }
 
 // A unix socket's file goes with the last process, also right after the others

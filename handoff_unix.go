@@ -15,8 +15,9 @@ package lblisten
 // everything. Accepting twice from one socket is harmless, so nothing depends
 // on who is right about who owns it.
 //
-// No lock is held over an exchange. handoff.mu is the last in the order of
-// locks; applying, which comes before group.mu, orders changes of what is shared.
+// No lock is held over an exchange. The order of locks is handoff.applying,
+// group.mu, handoff.mu, wire.mu; hub.mu also comes before wire.mu, and is never
+// taken together with the others.
 
 import (
 	"context"
@@ -35,7 +36,7 @@ const canHandoff = true
 
 // handoffs has the handoffs of this process by path.
 var handoffs = struct {
-	mu sync.Mutex
+	mu sync.Mutex // guards m, and refs of each; nothing else is locked or waited for under it
 	m  map[string]*handoff
 }{m: make(map[string]*handoff)}
 
@@ -51,8 +52,13 @@ type handoff struct {
 	changed chan struct{}       // something in the pool changed; holds one
 	own     atomic.Pointer[hub] // in this process, now or before
 
-	applying sync.Mutex // held while sockets are shared or taken back
+	// applying orders changes of what groups share. It is held while sockets are
+	// opened, shared and taken back, so it comes before group.mu and mu.
+	applying sync.Mutex
 
+	// mu guards what follows, and of each pooled what changes. It comes after
+	// group.mu. Nothing waits and nothing is logged under it, and only wire.mu is
+	// taken. Functions that end in Locked are called with it, if they name no other.
 	mu      sync.Mutex
 	w       *wire // to the hub; nil without one
 	hub     processID
@@ -176,7 +182,7 @@ func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at p
 	h.mu.Lock()
 	h.sockets[p.id] = p
 	if h.w != nil {
-		h.give(p)
+		h.giveLocked(p)
 	}
 	h.mu.Unlock()
 	err = h.await(ctx, kept)
@@ -212,7 +218,7 @@ func (h *handoff) withdraw(p *pooled) {
 	if h.sockets[p.id] != p {
 		return
 	}
-	h.forget(p)
+	h.forgetLocked(p)
 	if h.w != nil {
 		h.w.send(frame{kind: frameDrop, id: p.id}, nil)
 	}

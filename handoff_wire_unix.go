@@ -186,6 +186,8 @@ type wire struct {
 	in  []byte // not decoded yet
 	fds []int  // that no frame has taken yet
 
+	// mu guards queue and closed, and is held while a deadline for writing is set,
+	// so that the one of close stays. No other lock is taken under it, nothing waits.
 	mu     sync.Mutex
 	queue  []parcel
 	closed bool
