@@ -2,9 +2,10 @@
 
 package lblisten
 
-// The files of a handoff: whether its path is one that only this user, or root,
-// can reach, the lock file beside it, and whose process is at the other end of a
-// connection. What is said over that connection isn't known here.
+// What keeps a handoff this user's: whether its path is in a directory that nobody
+// else can write to, whether the files there are its own, the lock file, and whose
+// process is at the other end of a connection. It changes nothing but to make the
+// lock file, and doesn't know who takes the lock or what is said on a connection.
 
 import (
 	"errors"

@@ -7,6 +7,9 @@ package lblisten
 // nobody special: everybody holds every socket, so when it dies another process
 // takes the lock and the rest tell it what they have. Its own process is a
 // client of it like the others, over the same kind of connection.
+//
+// Here is how the hub begins and ends, and how processes come and go. What it
+// does when one of them says something is in handoff_hubpool_unix.go.
 
 import (
 	"errors"
@@ -90,13 +93,13 @@ type hubSocket struct {
 	f        frame     // as it came
 	owner    *hubPeer  // nil: nobody
 	unserved time.Time // since when nobody listens on its address; zero if somebody does
-	by       *hubPeer  // who sent it, if he lives; until it listens it is worth nothing without him
+	by       *hubPeer  // who sent it, while that lives; until it listens it is worth nothing without
 }
 
 // A deposit is a socket that was passed on, and not confirmed by all yet.
 type deposit struct {
 	from  *hubPeer
-	n     uint32 // what he wants an answer to
+	n     uint32 // what from wants an answer to
 	wait  map[*hubPeer]bool
 	timer *time.Timer
 }

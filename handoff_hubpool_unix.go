@@ -2,9 +2,9 @@
 
 package lblisten
 
-// What the hub knows of the processes of a handoff and of their sockets, and whom
-// it tells of what. How processes come and go, and how the hub begins and ends,
-// is in handoff_hub_unix.go.
+// What the hub of a handoff knows of its processes and their sockets, and whom it
+// tells what. How a process connects, and how the hub begins and ends, isn't known
+// here: that is in handoff_hub_unix.go. A hub never accepts from a socket.
 
 import (
 	"net"

@@ -2,9 +2,10 @@
 
 package lblisten
 
-// The link of a process to the hub of its handoff: how it connects, what the two
-// tell each other, and how long anybody waits for an answer. What becomes of the
-// sockets is in handoff_pool_unix.go, how frames travel in handoff_wire_unix.go.
+// The link of a process to the hub of its handoff: how it connects, or becomes the
+// hub itself, what the two tell each other, and how long anybody waits for an
+// answer. It doesn't know what becomes of the sockets (handoff_pool_unix.go), nor
+// how frames are written and read (handoff_wire_unix.go).
 
 import (
 	"context"
@@ -196,7 +197,7 @@ func (h *handoff) greet(w *wire) error {
 		p.owner = processID{} // unless the hub says so again
 		p.isKept = true       // unless the hub wants it
 	}
-	for at := range h.groups { // first of all: nobody may think that he is the last one there
+	for at := range h.groups { // first of all: no process may think that it is the last one there
 		w.send(frame{kind: frameOn, at: at}, nil)
 	}
 	known := 0

@@ -4,7 +4,8 @@ package lblisten
 
 // The sockets of a handoff as one process knows them: which of them its groups
 // share, and whether one that came from another process is what it is said to
-// be. Who told of them is none of its business; that is in handoff_link_unix.go.
+// be. It doesn't know how the others are told or heard (handoff_link_unix.go), nor
+// what a group does with a socket that it shares (inherit.go).
 
 import (
 	"errors"

@@ -3,11 +3,12 @@
 package lblisten
 
 // Handoff: processes that name the same path hold duplicates of each other's
-// listening sockets. Here is what a process does: it keeps a pool of all sockets
-// of the set, deposits its own in it before they are bound, shares those that
-// nobody accepts from with its groups (see share in inherit.go), and lets
-// members adopt them. The hub, which connects the processes, is in
-// handoff_hub_unix.go, what they say in handoff_wire_unix.go.
+// listening sockets. Here is what the groups of a process ask of the handoff: to
+// enter it and leave it, to deposit a socket in its pool before it is bound, to
+// claim one for a member, and what would become of the sockets. How the other
+// processes are told isn't known here (that is the link, handoff_link_unix.go, to
+// the hub of them all, handoff_hub_unix.go), nor which sockets of the others are
+// shared with a group (the pool, handoff_pool_unix.go, and share in inherit.go).
 //
 // One rule covers every end of another process: a socket of the pool is left
 // alone only while a hub that lives says that a process that lives accepts from

@@ -4,7 +4,9 @@ package lblisten
 
 // What the processes of a handoff say to each other, and how: frames on a unix
 // stream socket, some of which bring one descriptor. Nothing here knows what
-// they mean; that is in handoff_unix.go (a process) and handoff_hub_unix.go.
+// they mean; that is in handoff_link_unix.go (a process) and
+// handoff_hubpool_unix.go (the hub). What is needed to pass a descriptor on is here
+// too; whether it is the right one isn't (handoff_pool_unix.go).
 //
 // A frame is
 //

@@ -1,6 +1,7 @@
 package lblisten
 
-// Whose process is at the other end of a unix socket, on Linux.
+// Whose process is at the other end of a unix socket, on Linux. What follows from
+// it is in handoff_dir_unix.go.
 
 import (
 	"os"

@@ -2,7 +2,8 @@
 
 package lblisten
 
-// Whose process is at the other end of a unix socket, on FreeBSD and macOS.
+// Whose process is at the other end of a unix socket, on FreeBSD and macOS. What
+// follows from it is in handoff_dir_unix.go.
 
 import (
 	"os"
