@@ -1308,7 +1308,7 @@ func TestHandoffLaterFrames(t *testing.T) {
 // FuzzFrame feeds the decoder: it never takes more than there is, and what it
 // makes of bytes encodes to what it decodes again.
 func FuzzFrame(f *testing.F) {
-	f.Add((&frame{kind: frameSocket, flags: 3, n: 9, id: newID(), process: newID(), at: place{"tcp", "::", 8080}, sub: "tcp6"}).append(nil))
+	f.Add((&frame{kind: frameSocket, flags: 3, n: 9, id: newID(), process: newID(), at: place{network: "tcp", host: "::", port: 8080}, sub: "tcp6"}).append(nil))
 	f.Add([]byte{0, 45})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for len(b) > 0 {
