@@ -39,7 +39,7 @@ func balance(t *testing.T, n, conns int, e endpoint, m mode) {
 		go echo(&wg, l, &got[i])
 	}
 	for _, l := range ls {
-		require.Eventually(t, func() bool { return l.state.Load()&countMask > 0 }, limit(5*time.Second), time.Millisecond)
+		require.Eventually(t, func() bool { return waiting(l) > 0 }, limit(5*time.Second), time.Millisecond)
 	}
 	d := new(load)
 	var left atomic.Int64

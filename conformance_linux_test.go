@@ -23,14 +23,14 @@ import (
 // finish: they are connected, and their listener waits for data.
 func (t *trial) halfOpen(l *Listener, n int) []client {
 	t.Helper()
-	for _, c := range l.g.conns() {
-		controlTest(t, c, deferAccept)
+	for _, c := range socketsAt(l) {
+		require.NoError(t, onFD(c, func(fd uintptr) error { return deferAccept(int(fd)) }))
 	}
-	before, clients := l.g.waiting(), make([]client, n)
+	before, clients := queuedAt(l), make([]client, n)
 	for i := range clients {
 		clients[i] = client{dialTest(t, l.Addr()), byte(i)}
 	}
-	require.Equal(t, before, l.g.waiting(), "they aren't half-open")
+	require.Equal(t, before, queuedAt(l), "they aren't half-open")
 	return clients
 }
 
@@ -48,13 +48,6 @@ func (t *trial) finish(clients []client) []client {
 	return clients
 }
 
-func controlTest(t testing.TB, c interface{ Control(func(uintptr)) error }, f func(fd int) error) {
-	t.Helper()
-	var err error
-	require.NoError(t, c.Control(func(fd uintptr) { err = f(int(fd)) }))
-	require.NoError(t, err)
-}
-
 // attach puts a program of the user's own in force for the group.
 func attach(t testing.TB, l *Listener, program ...cbpf.Instruction) {
 	t.Helper()
@@ -64,9 +57,9 @@ func attach(t testing.TB, l *Listener, program ...cbpf.Instruction) {
 	for i, in := range raw {
 		code[i] = unix.SockFilter{Code: in.Op, Jt: in.Jt, Jf: in.Jf, K: in.K}
 	}
-	controlTest(t, l.socks[0].conn, func(fd int) error {
+	require.NoError(t, onDescriptor(l, func(fd int) error {
 		return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]})
-	})
+	}))
 }
 
 // shutDown is migrate_reuseport's other way to end a socket. What waits for it
@@ -82,7 +75,7 @@ func shutDown(halfOpen bool) func(t *trial) {
 		} else {
 			clients = t.dial(ls[0].Addr(), 24)
 		}
-		controlTest(t, ls[0].socks[0].conn, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
+		require.NoError(t, onDescriptor(ls[0], func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) }))
 		_, err := ls[0].Accept()
 		require.ErrorIs(t, err, unix.EINVAL)
 		require.NoError(t, ls[0].Close())
@@ -131,12 +124,7 @@ func init() {
 			t.only(t.handoff, "by the kernel alone: see TestHalfOpenConnectionsMigrate")
 			ls := t.group(2)
 			s := t.process(ls[0], false)
-			h := ls[0].g.h
-			h.mu.Lock()
-			for _, p := range h.sockets { // the other's too: a duplicate will do
-				deferAccept(p.d.fd)
-			}
-			h.mu.Unlock()
+			eachPooled(t.path, func(fd int) { deferAccept(fd) }) // the other's too: a duplicate will do
 			clients := t.halfOpen(ls[0], 36)
 			s.kill()
 			require.Eventually(t, func() bool { return !t.kernel() || ls[0].Info().Sockets == 2+2 }, limit(5*time.Second), time.Millisecond)
@@ -170,15 +158,13 @@ func init() {
 		}},
 		{name: "connections go to the member of their CPU", do: func(t *trial) {
 			t.onlyKernel()
-			if err := kernelSteers(SteerCPU); err != nil {
-				t.Skip(err)
-			}
+			t.needSteering(SteerCPU)
 			ls := t.group(runtime.NumCPU(), WithSteering(SteerCPU))
 			onEachCPU(t, ls, func(l *Listener) (cpu int) {
-				controlTest(t, l.socks[0].conn, func(fd int) (err error) {
+				require.NoError(t, onDescriptor(l, func(fd int) (err error) {
 					cpu, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_INCOMING_CPU)
 					return err
-				})
+				}))
 				return cpu
 			})
 		}},
@@ -194,7 +180,7 @@ func init() {
 			program, err := numaProgram()
 			t.only(err == nil, fmt.Sprint("loading it takes a privilege: ", err))
 			defer unix.Close(program)
-			controlTest(t, ls[0].socks[0].conn, func(fd int) error { return attachProgram(fd, program) })
+			require.NoError(t, onDescriptor(ls[0], func(fd int) error { return attachProgram(fd, program) }))
 			_, err = os.Stat("/sys/devices/system/node/node1")
 			clients := t.dial(ls[0].Addr(), 24)
 			if os.IsNotExist(err) {

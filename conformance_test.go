@@ -54,7 +54,7 @@ func ways() []*way {
 func (w *way) need(t *testing.T) {
 	w.mode.need(t)
 	if w.handoff {
-		if !canHandoff {
+		if !handsOff() {
 			t.Skipf("no handoff on %s", runtime.GOOS)
 		}
 		if os.Geteuid() == 0 {
@@ -95,6 +95,7 @@ type trial struct {
 	*way
 	row  *scenario
 	opts []Option
+	path string // of the handoff
 }
 
 func TestConformance(t *testing.T) {
@@ -108,7 +109,8 @@ func TestConformance(t *testing.T) {
 					noLeaks(t)
 					r := &trial{T: t, way: w, row: row, opts: []Option{w.mode.opt}}
 					if w.handoff {
-						r.opts = append(r.opts, WithHandoff(socketPath(t)))
+						r.path = socketPath(t)
+						r.opts = append(r.opts, WithHandoff(r.path))
 					}
 					defer func() {
 						if t.Skipped() {
@@ -154,6 +156,12 @@ func (t *trial) listen(network, address string, n int, more ...Option) []*Listen
 func (t *trial) group(n int, more ...Option) []*Listener {
 	t.Helper()
 	return t.listen("tcp", "127.0.0.1:0", n, more...)
+}
+
+// needSteering skips the scenario where the system doesn't steer so.
+func (t *trial) needSteering(s Steering) {
+	t.Helper()
+	needSteering(t, slices.Concat(t.opts, []Option{WithSteering(s)})...)
 }
 
 func (t *trial) join(l *Listener, more ...Option) *Listener {
@@ -267,7 +275,7 @@ func (t *trial) accept(ls ...*Listener) *crew {
 	}
 	t.Cleanup(w.stop)
 	for _, l := range ls {
-		require.Eventually(t, l.waits, limit(5*time.Second), time.Millisecond)
+		require.Eventually(t, func() bool { return waiting(l) > 0 }, limit(5*time.Second), time.Millisecond)
 	}
 	return w
 }
@@ -281,7 +289,7 @@ func (w *crew) pace() {
 		for i := range w.got {
 			n += w.got[i].Load()
 		}
-		return n >= w.dialled && !slices.ContainsFunc(w.members, func(l *Listener) bool { return !l.waits() })
+		return n >= w.dialled && !slices.ContainsFunc(w.members, func(l *Listener) bool { return waiting(l) == 0 })
 	}
 	for begin := time.Now(); !w.t.kernel() && !ready(); time.Sleep(10 * time.Microsecond) {
 		require.Less(w.t, time.Since(begin), limit(10*time.Second), "a member doesn't wait")
@@ -300,20 +308,10 @@ func (w *crew) dial(a net.Addr, n int) []client {
 	return clients
 }
 
-// waits tells whether an Accept of the member waits.
-func (l *Listener) waits() bool {
-	if l.ln != nil {
-		return l.state.Load()&countMask > 0
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.state.Load()&countMask > 0 && (len(l.waiters) > 0 || l.since.Load() == leaderOnly)
-}
-
 // stop ends the Accepts and leaves the members open.
 func (w *crew) stop() {
 	for _, l := range w.members {
-		l.SetDeadline(longAgo)
+		l.SetDeadline(longPast)
 	}
 	w.wg.Wait()
 	for _, l := range w.members {
@@ -425,7 +423,7 @@ var conformance = []scenario{
 	{name: "even client ports are spread", do: fromPorts(0)},
 	{name: "odd client ports are spread", do: fromPorts(1)},
 	{name: "a backlog is set, which listens twice", do: func(t *trial) {
-		t.only(canSetBacklog, "the backlog can't be set here")
+		t.only(setsBacklog(), "the backlog can't be set here")
 		ls := t.group(4, WithBacklog(100))
 		w := t.accept(ls...)
 		t.isSpread(w.end(w.dial(ls[0].Addr(), 128)))
@@ -433,7 +431,7 @@ var conformance = []scenario{
 	{name: "a socket joins the kernel's group twice", do: func(t *trial) {
 		t.onlyKernel()
 		twice := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
-			return errors.Join(c.Control(func(fd uintptr) { err = joinKernelGroup(fd) }), err)
+			return errors.Join(c.Control(func(fd uintptr) { err = joinsKernel(fd) }), err)
 		}}
 		ls := t.group(4, WithListenConfig(twice))
 		w := t.accept(ls...)
@@ -705,7 +703,7 @@ var conformance = []scenario{
 		clients := t.dial(ls[0].Addr(), 24)
 		require.NoError(t, ls[0].Close())
 		for _, l := range ls[1:] {
-			require.NoError(t, l.SetDeadline(longAgo))
+			require.NoError(t, l.SetDeadline(longPast))
 			for range 3 {
 				_, err := l.Accept()
 				require.ErrorIs(t, err, os.ErrDeadlineExceeded)
@@ -718,14 +716,14 @@ var conformance = []scenario{
 		ls := t.group(3)
 		a, b := blocked(t, ls[0]), blocked(t, ls[0])
 		w := t.accept(ls[1:]...)
-		require.NoError(t, ls[0].SetDeadline(longAgo))
+		require.NoError(t, ls[0].SetDeadline(longPast))
 		require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
 		require.ErrorIs(t, get(t, b).err, os.ErrDeadlineExceeded)
 		require.NoError(t, ls[0].Close())
 		w.end(w.dial(ls[1].Addr(), 32))
 	}},
 	{name: "a full backlog drains", do: func(t *trial) {
-		t.only(canSetBacklog, "the backlog can't be set here")
+		t.only(setsBacklog(), "the backlog can't be set here")
 		t.only(runtime.GOOS == "linux", "past the backlog other systems reset, or take a long time to try again")
 		ls := t.group(2, WithBacklog(4))
 		d := new(load)
@@ -738,8 +736,8 @@ var conformance = []scenario{
 			}()
 		}
 		if full := ls[0].Stats().Backlog + 1; full > 0 {
-			full *= len(ls[0].g.conns())
-			require.Eventually(t, func() bool { return ls[0].g.waiting() >= full }, limit(10*time.Second), time.Millisecond)
+			full *= len(socketsAt(ls[0]))
+			require.Eventually(t, func() bool { return queuedAt(ls[0]) >= full }, limit(10*time.Second), time.Millisecond)
 		}
 		require.NoError(t, ls[1].Close())
 		t.accept(ls[0])
@@ -928,9 +926,7 @@ var conformance = []scenario{
 			require.ErrorIs(t, err, ErrUnsupported)
 			return
 		}
-		if err := kernelSteers(SteerSource); t.kernel() && err != nil {
-			t.Skip(err)
-		}
+		t.needSteering(SteerSource)
 		ls := t.group(4, WithSteering(SteerSource))
 		w := t.accept(ls...)
 		for range 24 {

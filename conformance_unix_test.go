@@ -22,7 +22,7 @@ import (
 func (t *trial) process(l *Listener, accept bool) *server {
 	t.Helper()
 	t.only(t.kernel() || t.handoff, "the dispatcher's socket belongs to one process, without a handoff")
-	s := startServer(t, serverJob{Path: l.g.handoff, Address: l.Addr().String(), Members: 2, Dispatcher: !t.kernel(), Accept: accept})
+	s := startServer(t, serverJob{Path: t.path, Address: l.Addr().String(), Members: 2, Dispatcher: !t.kernel(), Accept: accept})
 	if t.handoff {
 		s.becomes(isHandedOff)
 		require.NotZero(t, l.Info().OnKill&InheritHandoff)
@@ -112,7 +112,7 @@ func init() {
 			ls := t.group(2)
 			s := t.process(ls[0], false)
 			d := startLoad(32, "tcp", ls[0].Addr().String()) // so that some wait here, whatever the hash
-			require.Eventually(t, func() bool { return ls[0].g.waiting() != 0 || runtime.GOOS != "linux" }, limit(5*time.Second), time.Millisecond)
+			require.Eventually(t, func() bool { return queuedAt(ls[0]) != 0 || runtime.GOOS != "linux" }, limit(5*time.Second), time.Millisecond)
 			w := t.accept(ls...)
 			s.kill()
 			before := d.served.Load()
@@ -193,7 +193,7 @@ func init() {
 			t.only(!t.kernel() && t.handoff, "several processes on a unix socket take the dispatcher and a handoff")
 			path := socketPath(t)
 			ls := t.listen("unix", path, 2)
-			s := startServer(t, serverJob{Path: ls[0].g.handoff, Network: "unix", Address: path, Members: 2})
+			s := startServer(t, serverJob{Path: t.path, Network: "unix", Address: path, Members: 2})
 			s.becomes(isHandedOff)
 			clients := t.dial(ls[0].Addr(), 24)
 			s.kill()
@@ -243,7 +243,7 @@ func boundSocket(a net.Addr) (fd int, err error) {
 	if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0); err != nil {
 		return -1, err
 	}
-	joinKernelGroup(uintptr(fd))
+	joinsKernel(uintptr(fd))
 	if err = unix.Bind(fd, sockaddr(a)); err != nil {
 		unix.Close(fd)
 	}

@@ -46,8 +46,7 @@ func TestDispatchStress(t *testing.T) {
 			for _, members := range []int{1, 2, 4} {
 				t.Run(fmt.Sprintf("%s, %v, %d", listener, s, members), func(t *testing.T) {
 					noLeaks(t)
-					defer func(d time.Duration) { retryAfter = d }(retryAfter)
-					retryAfter = 5 * time.Millisecond
+					defer setRetryAfter(5 * time.Millisecond)()
 					soakRounds(t, limit(100*time.Millisecond), 18, func(seed uint64) {
 						a := newAcceptor()
 						var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
@@ -137,7 +136,7 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 			case calm:
 				m.Stats()
 			case what < 3:
-				st.check(m.setDeadline(longAgo, true, false))
+				st.check(m.setDeadline(longPast, true, false))
 			case what < 5:
 				st.check(m.setDeadline(time.Now().Add(time.Duration(r.IntN(200))*time.Microsecond), false, false))
 			case what < 9:
@@ -183,19 +182,15 @@ func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, ste
 	if calm {
 		require.EqualValues(t, failed, passed.Load(), "seed %d: an error reached nobody", seed)
 	}
-	d := g.g.d
-	require.Zero(t, d.holding.Load(), "seed %d", seed)
-	require.Zero(t, d.loose.Load(), "seed %d", seed)
+	require.Zero(t, undelivered(ls[0]), "seed %d", seed)
 	var accepted uint64
 	for _, l := range ls {
 		accepted += l.Stats().Accepted
 	}
 	require.EqualValues(t, tokens, accepted, "seed %d", seed)
 	for _, l := range ls {
-		require.Empty(t, l.waiters, "seed %d", seed)
-		require.Zero(t, l.since.Load(), "seed %d", seed)
+		require.Zero(t, waiting(l), "seed %d", seed)
 	}
-	require.Empty(t, d.leader.message, "seed %d", seed)
 }
 
 // A few Accepts, none of which is followed by another one, so that nobody comes
@@ -206,8 +201,7 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 		for _, s := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 			t.Run(listener+", "+s.String(), func(t *testing.T) {
 				noLeaks(t)
-				defer func(d time.Duration) { retryAfter = d }(retryAfter)
-				retryAfter = time.Hour
+				defer setRetryAfter(time.Hour)()
 				a := newAcceptor()
 				var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
 				if listener == "uninterruptible" {
@@ -226,7 +220,7 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 								runtime.Gosched()
 							}
 							if deadline {
-								l.SetDeadline(longAgo)
+								l.SetDeadline(longPast)
 								l.SetDeadline(time.Time{})
 							}
 							c, err := l.Accept()
@@ -272,16 +266,14 @@ func TestDispatchNothingAfterTheEnd(t *testing.T) {
 		do   func(l *Listener) error
 		err  error
 	}{
-		{"deadline", func(l *Listener) error { return l.SetDeadline(longAgo) }, os.ErrDeadlineExceeded},
+		{"deadline", func(l *Listener) error { return l.SetDeadline(longPast) }, os.ErrDeadlineExceeded},
 		{"close", (*Listener).Close, net.ErrClosed},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			noLeaks(t)
-			a := newAcceptor()
-			g, ls := dispatchTest(t, &conns{acceptor: a, wake: make(chan struct{})}, 2)
-			members := g.g.members.Load()
+			g, ls := dispatchTest(t, newConns(), 2)
+			give := slowGiver(g)
 			require.NoError(t, end.do(ls[0]))
-			g.g.members.Store(members) // who gives has looked before it was closed
 			var given atomic.Int64
 			stop, stopped := make(chan struct{}), make(chan struct{})
 			go func() {
@@ -293,7 +285,7 @@ func TestDispatchNothingAfterTheEnd(t *testing.T) {
 						return
 					default:
 					}
-					if sent, _ := g.g.d.give(c, 1, nil, nil); sent {
+					if give(c) {
 						given.Add(1)
 					}
 				}
@@ -315,8 +307,7 @@ func TestDispatchNothingAfterTheEnd(t *testing.T) {
 // The same on a socket, where members join too.
 func TestDispatchStressOnSocket(t *testing.T) {
 	noLeaks(t)
-	defer func(d time.Duration) { retryAfter = d }(retryAfter)
-	retryAfter = time.Hour
+	defer setRetryAfter(time.Hour)()
 	for _, steering := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 		t.Run(steering.String(), func(t *testing.T) {
 			var sum totals

@@ -103,13 +103,10 @@ func listenCallsFail() {
 		go echo(&wg, l, &accepted)
 	}
 	d := startLoad(2, "tcp", g.Addr().String())
-	pool := func() int {
-		if g.g.h == nil {
-			return 0
-		}
-		g.g.h.mu.Lock()
-		defer g.g.h.mu.Unlock()
-		return len(g.g.h.sockets)
+	_, path, _ := strings.Cut(names, "handoff=")
+	pool := func() (n int) {
+		eachPooled(path, func(int) { n++ })
+		return n
 	}
 	pooled := pool()
 	failed := 0

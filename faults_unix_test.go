@@ -449,7 +449,7 @@ func TestHandoffHubStopsWhileSomebodyJoins(t *testing.T) {
 // a hub does.
 func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)) {
 	t.Helper()
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return control(c, joinKernelGroup) }}
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return onFD(c, joinsKernel) }}
 	lc.SetMultipathTCP(false)
 	left, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -458,7 +458,7 @@ func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)
 	conn, err := left.(*net.TCPListener).SyscallConn()
 	require.NoError(t, err)
 	return left, at, func(p rawPeer) {
-		must(control(conn, func(fd uintptr) error {
+		must(onFD(conn, func(fd uintptr) error {
 			d, err := duplicate(fd)
 			if err == nil {
 				p.send(frame{kind: frameSocket, id: newID(), at: at, sub: at.network, flags: flagBalanced}, d)

@@ -133,6 +133,21 @@ func isHub(path string) bool {
 	return h != nil && h.isHub()
 }
 
+// eachPooled calls f for every socket that this process has of a handoff's pool.
+func eachPooled(path string, f func(fd int)) {
+	handoffs.mu.Lock()
+	h := handoffs.m[path]
+	handoffs.mu.Unlock()
+	if h == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, p := range h.sockets {
+		f(p.d.fd)
+	}
+}
+
 // startServer starts a server, which ends with the test at the latest.
 func startServer(t testing.TB, job serverJob) *server {
 	t.Helper()
@@ -629,10 +644,8 @@ func TestHandoffUnserved(t *testing.T) {
 	defer elsewhere.Close()
 	one := startServer(t, serverJob{Path: path, Address: "127.0.0.1:0"})
 	pool := func() (n int) {
-		h := handoffs.m[path]
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		return len(h.sockets)
+		eachPooled(path, func(int) { n++ })
+		return n
 	}
 	require.Equal(t, 1+4, pool())
 	conns := standing(t, one.Address, 8)
@@ -641,17 +654,11 @@ func TestHandoffUnserved(t *testing.T) {
 	require.Zero(t, answered(conns))
 }
 
-// set sets a variable, and returns what puts it back.
-func set[T any](p *T, v T) func() {
-	before := *p
-	*p = v
-	return func() { *p = before }
-}
-
 // Info tells of the handoff only while another process holds the sockets.
 func TestHandoffInfo(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
-		opts := []Option{WithHandoff(handoffPath(t))}
+		path := handoffPath(t)
+		opts := []Option{WithHandoff(path)}
 		if dispatcher {
 			opts = append(opts, WithDispatcher())
 		}
@@ -664,7 +671,7 @@ func TestHandoffInfo(t *testing.T) {
 		}
 		require.True(t, is(false)())
 		require.ErrorContains(t, ls[0].Info().Reason, "no other process listens on the address")
-		b := startServer(t, serverJob{Path: g.g.handoff, Address: g.Addr().String(), Dispatcher: dispatcher})
+		b := startServer(t, serverJob{Path: path, Address: g.Addr().String(), Dispatcher: dispatcher})
 		require.True(t, is(true)(), "%+v", g.Info())
 		require.Equal(t, "process+handoff", (ls[0].Info().OnClose &^ InheritKernel).String())
 		require.NotContains(t, fmt.Sprint(ls[0].Info().Reason), "handoff")
@@ -692,8 +699,7 @@ func TestHandoffSeveralAddresses(t *testing.T) {
 	for _, a := range addrs {
 		_, ls := newTestGroup(t, 1, a.network, a.address, WithHandoff(path))
 		mine = append(mine, ls[0])
-		at := ls[0].g.at
-		jobs = append(jobs, serverJob{Path: path, Network: a.network, Address: at.String(), Members: 1})
+		jobs = append(jobs, serverJob{Path: path, Network: a.network, Address: ls[0].Addr().String(), Members: 1})
 	}
 	for i, job := range jobs {
 		s := startServer(t, job)
@@ -995,7 +1001,7 @@ func fakeHub(t testing.TB, path string, do func(p rawPeer)) {
 	require.NoError(t, err)
 	conn, err := lock.SyscallConn()
 	require.NoError(t, err)
-	require.NoError(t, control(conn, func(fd uintptr) error { return unix.Flock(int(fd), unix.LOCK_EX) }))
+	require.NoError(t, onFD(conn, func(fd uintptr) error { return unix.Flock(int(fd), unix.LOCK_EX) }))
 	ln, err := net.Listen("unix", path)
 	require.NoError(t, err)
 	ended := make(chan struct{})
@@ -1134,7 +1140,7 @@ func TestHandoffBadHub(t *testing.T) {
 					conn, err := s.SyscallConn()
 					require.NoError(t, err)
 					var d *descriptor
-					require.NoError(t, control(conn, func(fd uintptr) (err error) { d, err = duplicate(fd); return err }))
+					require.NoError(t, onFD(conn, func(fd uintptr) (err error) { d, err = duplicate(fd); return err }))
 					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp4", flags: flagBalanced}, d)
 					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp6", flags: flagBalanced}, d)
 					d.release()
@@ -1248,7 +1254,9 @@ func TestHandoffPeerThatStopsReading(t *testing.T) {
 	p.expect(frameHello)
 	p.send(frame{kind: frameSynced}, nil)
 	p.expect(frameSynced)
-	p.send(frame{kind: frameOn, n: 5, at: ln.(*Listener).g.at}, nil)
+	at, _, err := resolve(context.Background(), "tcp", ln.Addr().String())
+	require.NoError(t, err)
+	p.send(frame{kind: frameOn, n: 5, at: at}, nil)
 	p.expect(frameReply)
 	require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 }, limit(5*time.Second), time.Millisecond)
 	begin := time.Now()
@@ -1500,13 +1508,14 @@ func TestHandoffLog(t *testing.T) {
 		defer mu.Unlock()
 		return text.Write(b)
 	}), nil))
-	_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithHandoff(handoffPath(t)), WithLogger(logger))
+	path := handoffPath(t)
+	_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithHandoff(path), WithLogger(logger))
 	require.True(t, says("a socket is deposited")())
 	require.True(t, says("this process is the hub")())
-	b := startServer(t, serverJob{Path: ls[0].g.handoff, Address: ls[0].Addr().String(), Members: 1})
+	b := startServer(t, serverJob{Path: path, Address: ls[0].Addr().String(), Members: 1})
 	b.kill()
 	require.Eventually(t, says("this process serves a socket that nobody else is known to accept from"), limit(5*time.Second), time.Millisecond)
-	require.NoError(t, joinTest(t, ls[0], WithHandoff(ls[0].g.handoff), WithLogger(logger)).Close())
+	require.NoError(t, joinTest(t, ls[0], WithHandoff(path), WithLogger(logger)).Close())
 	require.True(t, says("a new member adopted the socket")())
 	require.True(t, says("siblings inherit the socket of a closed member")())
 	require.True(t, says("address="+ls[0].Addr().String())())

@@ -1,7 +1,6 @@
 package lblisten
 
 import (
-	"context"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -27,7 +26,7 @@ func TestSiblingInheritsQueue(t *testing.T) {
 				for _, l := range ls[:4] {
 					require.NoError(t, l.Close())
 				}
-				if q := ls[4].g.waiting(); q >= 0 {
+				if q := queuedAt(ls[4]); q >= 0 {
 					require.Equal(t, 25, q, "something was accepted that nobody asked for")
 				}
 				for range clients {
@@ -46,32 +45,21 @@ func TestSiblingInheritsQueue(t *testing.T) {
 	})
 }
 
-// waiting is the number of connections in all queues of the group, -1 if the
-// system doesn't tell.
-func (g *group) waiting() int {
-	q, _ := queueLengths(g.conns())
-	return q
-}
-
 // A heir that is blocked in Accept already gets what a closing sibling leaves:
 // the connections that wait, and those that arrive in its socket later.
 func TestBlockedHeirIsWoken(t *testing.T) {
 	inModes(t, func(t *testing.T, m mode) {
 		_, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", m.opt)
 		heir, closing := ls[0], ls[1]
-		queued := 0
 		if m.name == "kernel" {
 			// Fill the queue of the one that closes, by letting the heir take all else.
-			for closing.inQueue() == 0 {
-				before := heir.g.ready.Load()
-				require.Zero(t, before)
+			for !ownQueued(closing) {
 				c := dialTest(t, heir.Addr())
 				_, err := c.Write([]byte("0\n"))
 				require.NoError(t, err)
-				if heir.inQueue() > 0 {
+				if ownQueued(heir) {
 					acceptWithin(t, heir)
 				}
-				queued++
 			}
 		}
 		got := blocked(t, heir)
@@ -92,14 +80,6 @@ func TestBlockedHeirIsWoken(t *testing.T) {
 			c.Close()
 		}
 	})
-}
-
-// inQueue tells whether a connection waits in the member's own socket.
-func (l *Listener) inQueue() int {
-	if l.ownReadable() {
-		return 1
-	}
-	return 0
 }
 
 // All members but one close, in any order, one after the other or two at once;
@@ -266,30 +246,22 @@ func TestOwnAndSharedAreBothServed(t *testing.T) {
 func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
-	defer func(d time.Duration) { retryAfter = d }(retryAfter)
-	retryAfter = time.Hour
-	_, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
-	heir := ls[0]
-	require.NoError(t, ls[1].Close()) // its socket is shared for the whole test,
-	for range count(3000, 100) {
-		// because this member never gets to adopt it: it has one of its own.
-		g := heir.g
-		l := &Listener{g: g, idle: make(chan struct{})}
-		s, err := g.openSocket(context.Background(), g.at, &config{})
-		require.NoError(t, err)
-		l.socks, l.ln = []*socket{s}, s.ln
-		g.mu.Lock()
-		g.refs++
-		now := append(append([]*Listener(nil), *g.members.Load()...), l)
-		g.members.Store(&now)
-		g.mu.Unlock()
-
+	defer setRetryAfter(time.Hour)()
+	var heir *Listener
+	for round := range count(3000, 100) {
+		if round%100 == 0 { // before the kernel steers nothing to the shared sockets any more
+			_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithRequireKernel())
+			heir = ls[0]
+		}
+		other, l := joinTest(t, heir, WithRequireKernel()), joinTest(t, heir, WithRequireKernel())
+		require.NoError(t, other.Close()) // its socket is shared, because both others have their own
+		require.Equal(t, 3, heir.Info().Sockets)
 		a, b := blocked(t, heir), blocked(t, l)
 		c := dialTest(t, heir.Addr())
 		require.NoError(t, l.Close())
 		rb := get(t, b)
 		if rb.err == nil {
-			require.NoError(t, heir.SetDeadline(longAgo))
+			require.NoError(t, heir.SetDeadline(longPast))
 			require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
 			require.NoError(t, heir.SetDeadline(time.Time{}))
 			rb.c.Close()
@@ -298,9 +270,7 @@ func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 			require.NoError(t, ra.err)
 			ra.c.Close()
 		}
-		c.Close()
-		require.Eventually(t, func() bool { return len(*g.shared.Load()) > 1 }, limit(time.Second), time.Microsecond)
-		require.NoError(t, g.adopt(context.Background(), g.at.network).ln.Close()) // keep the number of sockets low
+		c.Close() // the next round's members adopt both sockets
 	}
 }
 
@@ -308,15 +278,14 @@ func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 func TestHeirOfManyIsWoken(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
-	defer func(d time.Duration) { retryAfter = d }(retryAfter)
-	retryAfter = time.Hour
+	defer setRetryAfter(time.Hour)()
 	for range count(20, 3) {
 		g, _ := newTestGroup(t, count(100, 20), "tcp", "127.0.0.1:0", WithRequireKernel())
 		heir := joinTest(t, g.Listeners()[0], WithRequireKernel())
-		for heir.inQueue() == 0 && g.Stats().Queued < 1 {
+		for !ownQueued(heir) && g.Stats().Queued < 1 {
 			dialTest(t, g.Addr())
 		}
-		if heir.inQueue() > 0 {
+		if ownQueued(heir) {
 			acceptWithin(t, heir)
 			dialTest(t, g.Addr())
 		}

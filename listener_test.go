@@ -288,7 +288,7 @@ func TestClosedListener(t *testing.T) {
 func TestStats(t *testing.T) {
 	inModes(t, func(t *testing.T, m mode) {
 		opts := []Option{m.opt}
-		if canSetBacklog {
+		if setsBacklog() {
 			opts = append(opts, WithBacklog(50))
 		}
 		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
@@ -316,25 +316,21 @@ func TestStats(t *testing.T) {
 // What every Accept of a member writes has cache lines of its own: neither other
 // members nor what all of them read is on them.
 func TestCountersShareNoCacheLine(t *testing.T) {
-	var l Listener
 	line := unsafe.Sizeof(cpu.CacheLinePad{})
-	require.GreaterOrEqual(t, unsafe.Offsetof(l.state), line)
-	for _, counter := range []uintptr{unsafe.Offsetof(l.state), unsafe.Offsetof(l.accepted), unsafe.Offsetof(l.inherited)} {
-		require.GreaterOrEqual(t, unsafe.Offsetof(l.g), counter+8+line)
+	for _, f := range hotFields() {
+		require.GreaterOrEqual(t, f.begin, f.before+line, f.name)
+		require.GreaterOrEqual(t, f.after, f.end+line, f.name)
 	}
-	var g group
-	require.GreaterOrEqual(t, unsafe.Offsetof(g.ready), unsafe.Offsetof(g.failed)+1+line)
-	require.GreaterOrEqual(t, unsafe.Offsetof(g.turn), unsafe.Offsetof(g.ready)+4+line)
 }
 
 // What is inherited is counted an instant before it is accepted, and never more.
 func TestStatsInTheMiddleOfAccept(t *testing.T) {
 	noLeaks(t)
 	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithLB())
-	ls[0].inherited.Add(1)
+	countInherited(ls[0])
 	require.Zero(t, ls[0].Stats().Inherited)
 	require.Zero(t, g.Stats().Inherited)
-	ls[0].accepted.Add(1)
+	countAccepted(ls[0])
 	require.EqualValues(t, 1, ls[0].Stats().Inherited)
 	require.EqualValues(t, 1, g.Stats().Inherited)
 }

@@ -55,7 +55,7 @@ func TestMain(m *testing.M) {
 }
 
 // leftovers runs all tests, and fails if they leave something in the process:
-// descriptors, maps of BPF in its memory, groups. (goleak looks for goroutines after that.)
+// descriptors, maps of BPF in its memory, addresses. (goleak looks for goroutines after that.)
 type leftovers struct{ *testing.M }
 
 func (l leftovers) Run() int {
@@ -73,11 +73,9 @@ func (l leftovers) Run() int {
 		if n := mappedBPF(); n > maps {
 			left += fmt.Sprintf(" %d BPF maps in memory (%d before);", n, maps)
 		}
-		registry.mu.Lock()
-		if n := len(registry.groups); n > 0 {
-			left += fmt.Sprintf(" %d groups;", n)
+		if n := openAddresses(); n > 0 {
+			left += fmt.Sprintf(" %d addresses;", n)
 		}
-		registry.mu.Unlock()
 		if left == "" {
 			return code
 		}
@@ -92,7 +90,7 @@ func mappedBPF() int {
 	return strings.Count(string(b), "bpf-map")
 }
 
-// noLeaks fails the test if it leaves a goroutine, a descriptor or a group.
+// noLeaks fails the test if it leaves a goroutine, a descriptor or an address.
 func noLeaks(t testing.TB) {
 	t.Helper()
 	ignore := goleak.IgnoreCurrent()
@@ -105,11 +103,12 @@ func noLeaks(t testing.TB) {
 		goleak.VerifyNone(t, ignore)
 		require.Eventually(t, func() bool { return openDescriptors() <= fds }, limit(5*time.Second), 5*time.Millisecond,
 			"%d descriptors were open before the test", fds)
-		registry.mu.Lock()
-		defer registry.mu.Unlock()
-		require.Empty(t, registry.groups)
+		require.Zero(t, openAddresses())
 	})
 }
+
+// longPast is a deadline that ends a blocked Accept at once.
+var longPast = time.Unix(1, 0)
 
 // A mode is who balances.
 type mode struct {
@@ -175,7 +174,7 @@ func (e endpoint) of(a net.Addr) string {
 	return net.JoinHostPort(e.dial, strconv.Itoa(a.(*net.TCPAddr).Port))
 }
 
-// newGroup opens n members, which are closed when the test ends.
+// newTestGroup opens n members, which are closed when the test ends.
 func newTestGroup(t testing.TB, n int, network, address string, opts ...Option) (*Group, []*Listener) {
 	t.Helper()
 	g, err := ListenGroup(context.Background(), network, address, n, opts...)
@@ -184,7 +183,7 @@ func newTestGroup(t testing.TB, n int, network, address string, opts ...Option) 
 	return g, g.Listeners()
 }
 
-// join opens one more member on the address of another.
+// joinTest opens one more member on the address of another.
 func joinTest(t testing.TB, l net.Listener, opts ...Option) *Listener {
 	t.Helper()
 	m, err := Listen(l.Addr().Network(), l.Addr().String(), opts...)
@@ -276,20 +275,25 @@ func acceptBy(l net.Listener, d time.Duration) (net.Conn, error) {
 // blocked starts an Accept and returns when it is in progress.
 func blocked(t testing.TB, l *Listener) <-chan result {
 	t.Helper()
-	before := l.state.Load() & countMask
+	before := waiting(l)
 	ch := make(chan result, 1)
 	go func() {
 		c, err := l.Accept()
 		ch <- result{c, err}
 	}()
-	require.Eventually(t, func() bool {
-		if l.ln == nil {
-			l.mu.Lock()
-			defer l.mu.Unlock()
-		}
-		return l.state.Load()&countMask > before && (l.ln != nil || len(l.waiters) > int(before) || before == 0 && l.since.Load() == leaderOnly)
-	}, limit(5*time.Second), time.Millisecond)
+	soon(t, func() bool { return waiting(l) > before }, "no Accept waits")
 	return ch
+}
+
+// soon waits for what is about to be so, and looks oftener than a ticker would.
+func soon(t testing.TB, is func() bool, msgAndArgs ...any) {
+	t.Helper()
+	for begin, pause := time.Now(), time.Duration(0); !is(); pause = min(pause+time.Microsecond, time.Millisecond) {
+		if time.Since(begin) > limit(5*time.Second) {
+			require.FailNow(t, "it isn't so in time", msgAndArgs...)
+		}
+		time.Sleep(pause)
+	}
 }
 
 type result struct {
@@ -434,4 +438,15 @@ func text(err error, a net.Addr) string {
 		return "<nil>"
 	}
 	return strings.ReplaceAll(err.Error(), a.String(), "ADDRESS")
+}
+
+// needSteering skips the test where members with these options can't be had.
+func needSteering(t testing.TB, opts ...Option) {
+	t.Helper()
+	ln, err := Listen("tcp", "127.0.0.1:0", opts...)
+	if errors.Is(err, ErrUnsupported) {
+		t.Skip(err)
+	}
+	require.NoError(t, err)
+	require.NoError(t, ln.Close())
 }

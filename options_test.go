@@ -21,7 +21,7 @@ func optionsOf(t testing.TB, c net.Conn, all ...bool) map[string]int {
 	require.NoError(t, err)
 	options := make(map[string]int)
 	get := func(name string, level, opt int) {
-		require.NoError(t, control(conn, func(fd uintptr) error {
+		require.NoError(t, onFD(conn, func(fd uintptr) error {
 			v, err := unix.GetsockoptInt(int(fd), level, opt)
 			options[name] = v
 			return err
@@ -49,7 +49,7 @@ var listenConfigs = []net.ListenConfig{
 	{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Interval: time.Millisecond}},
 	{KeepAlive: 20 * time.Second, KeepAliveConfig: net.KeepAliveConfig{Idle: time.Second}},
 	{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
-		return control(c, func(fd uintptr) error { return unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1) })
+		return onFD(c, func(fd uintptr) error { return unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1) })
 	}},
 }
 

@@ -521,7 +521,7 @@ func (st *seat) obey(o operation) {
 			case o.do == "go on":
 				m.change(func() { m.held = false })
 			case o.do == "deadline past":
-				err = m.setDeadline(longAgo, true, false)
+				err = m.setDeadline(longPast, true, false)
 			case o.do == "deadline soon":
 				err = m.setDeadline(time.Now().Add(time.Duration(o.n)*time.Microsecond), false, false)
 			case o.do == "deadline off":
@@ -621,9 +621,6 @@ func (s *soak) run(seed uint64, plan []operation) error {
 	next.obey(operation{do: "close"})
 	s.open.Wait()
 
-	registry.mu.Lock()
-	left := len(registry.groups)
-	registry.mu.Unlock()
 	if n := s.clients.lost.Load(); n > 0 {
 		s.errorf("%d clients are lost, the first: %w", n, *s.clients.firstErr.Load())
 	}
@@ -633,8 +630,8 @@ func (s *soak) run(seed uint64, plan []operation) error {
 	if a, c := s.accepted.Load(), s.clients.served.Load(); a < c {
 		s.errorf("%d connections were accepted, %d served", a, c)
 	}
-	if left != 0 {
-		s.errorf("%d groups are left", left)
+	if left := openAddresses(); left != 0 {
+		s.errorf("%d addresses are left", left)
 	}
 	return errors.Join(s.errs...)
 }
@@ -648,8 +645,7 @@ func TestSoak(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip(resetOnWindows)
 	}
-	defer func(d time.Duration) { retryAfter = d }(retryAfter)
-	retryAfter = time.Hour
+	defer setRetryAfter(time.Hour)()
 	inModes(t, func(t *testing.T, m mode) {
 		var usable []endpoint
 		for _, e := range []endpoint{endpoints[0], endpoints[2]} {

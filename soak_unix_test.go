@@ -113,7 +113,7 @@ func soakWorker() {
 func (s *soakServer) start(l *Listener) {
 	s.listeners = append(s.listeners, l)
 	if s.held {
-		must(l.SetDeadline(longAgo))
+		must(l.SetDeadline(longPast))
 	}
 	s.accepting.Add(1)
 	go func() {
@@ -143,7 +143,7 @@ func (s *soakServer) park(l *Listener) {
 	defer s.mu.Unlock()
 	s.parked++
 	s.cond.Broadcast()
-	for s.held && l.state.Load()&closedMark == 0 {
+	for s.held && l.Info().Members > 0 {
 		s.cond.Wait()
 	}
 	s.parked--
@@ -161,7 +161,7 @@ func (s *soakServer) hold() {
 	s.held = true
 	s.mu.Unlock()
 	for _, l := range s.listeners {
-		must(l.SetDeadline(longAgo))
+		must(l.SetDeadline(longPast))
 	}
 	s.mu.Lock()
 	for s.parked < len(s.listeners) {

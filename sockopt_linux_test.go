@@ -18,11 +18,7 @@ import (
 // after meanwhile. Nothing is left in the end.
 func TestKeepLooking(t *testing.T) {
 	noLeaks(t)
-	idle := func() bool {
-		looking.mu.Lock()
-		defer looking.mu.Unlock()
-		return len(looking.looks) == 0
-	}
+	idle := func() bool { return lookedAfter() == 0 }
 	require.True(t, idle())
 	churn := func(goroutines int, goOn func() bool) (n int64) {
 		var wg sync.WaitGroup
@@ -32,7 +28,7 @@ func TestKeepLooking(t *testing.T) {
 			go func() {
 				defer wg.Done()
 				for goOn() {
-					stop := keepLooking(func() {})
+					stop := everySecond(func() {})
 					if starts.Add(1)%int64(i+2) == 0 {
 						time.Sleep(50 * time.Microsecond)
 					}
@@ -50,7 +46,7 @@ func TestKeepLooking(t *testing.T) {
 	require.True(t, idle())
 
 	var looks atomic.Int64
-	stop := keepLooking(func() { looks.Add(1) })
+	stop := everySecond(func() { looks.Add(1) })
 	late := time.Now().Add(limit(20 * time.Second))
 	n += churn(4, func() bool { return looks.Load() < 2 && time.Now().Before(late) })
 	require.GreaterOrEqual(t, looks.Load(), int64(2), "it isn't looked after")

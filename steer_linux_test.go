@@ -1,7 +1,6 @@
 package lblisten
 
 import (
-	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -14,7 +13,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/libp2p/go-reuseport"
 	"github.com/stretchr/testify/require"
@@ -22,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// packet is an IP header and a few bytes, as the classic program sees it in the
-// virtual machine, where network offsets don't exist: they are plain ones there.
+// inMachine has a classic program run in the virtual machine, where network offsets
+// don't exist: they are plain ones there.
 func inMachine(t *testing.T, p []cbpf.Instruction) *cbpf.VM {
 	t.Helper()
 	p = slices.Clone(p)
@@ -74,7 +72,6 @@ func TestClassicProgram(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// steered runs what must hold in one state of privilege, in this process.
 func init() { workers["steer"] = steerWorker }
 
 type steerResult struct {
@@ -213,7 +210,7 @@ func TestProgramNeverStarvesOthers(t *testing.T) {
 	require.NotZero(t, ls[1].Stats().Accepted)
 	require.NoError(t, stranger.Close())
 	d.end(t, false)
-	if g.g.k.table != nil {
+	if steersByTable(g) {
 		require.Eventually(t, func() bool { return g.Info().Steering == SteerSource }, limit(5*time.Second), 10*time.Millisecond)
 	}
 	require.NoError(t, g.Close())
@@ -233,9 +230,7 @@ func TestProgramNeverStarvesOthers(t *testing.T) {
 // Steering by CPU goes to the member of the CPU that the client runs on, with
 // loopback, also beside the migrating program.
 func TestSteerCPU(t *testing.T) {
-	if err := kernelSteers(SteerCPU); err != nil {
-		t.Skip(err)
-	}
+	needSteering(t, WithRequireKernel(), WithSteering(SteerCPU))
 	if runtime.NumCPU() < 2 {
 		t.Skip("one CPU")
 	}
@@ -247,7 +242,7 @@ func TestSteerCPU(t *testing.T) {
 		require.NotZero(t, g.Info().OnKill&InheritKernel, "the migrating program is beside it")
 	}
 	cpuOf := func(l *Listener) (cpu int) {
-		require.NoError(t, onSocket(l.socks[0], func(fd int) (err error) {
+		require.NoError(t, onDescriptor(l, func(fd int) (err error) {
 			cpu, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_INCOMING_CPU)
 			return err
 		}))
@@ -388,8 +383,7 @@ func TestStalledMemberIsAvoided(t *testing.T) {
 		require.NoError(t, err)
 		c.Close()
 	}
-	sampler := &g.g.k.sampler
-	require.Eventually(t, sampler.asleep.Load, limit(5*time.Second), time.Millisecond, "it samples without traffic")
+	require.Eventually(t, func() bool { return !sampling(g) }, limit(5*time.Second), time.Millisecond, "it samples without traffic")
 	before := accepted.Load()
 	new(load).one("tcp", g.Addr().String())
 	require.Eventually(t, func() bool { return accepted.Load() > before }, limit(5*time.Second), time.Millisecond)
@@ -414,7 +408,7 @@ func TestForeignMemberIsServed(t *testing.T) {
 	for _, attach := range []bool{false, true} {
 		if attach {
 			p := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 999}
-			require.NoError(t, onSocket(ls[0].socks[0], func(fd int) error {
+			require.NoError(t, onDescriptor(ls[0], func(fd int) error {
 				return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: 1, Filter: &p})
 			}))
 		}
@@ -470,8 +464,7 @@ func TestJoinAndLeaveWhileSteering(t *testing.T) {
 			t.Run(fmt.Sprintf("%v, classic %v", s, classic), func(t *testing.T) {
 				noLeaks(t)
 				if classic {
-					defer func(f func(int, unsafe.Pointer, uintptr) (int, error)) { bpf = f }(bpf)
-					bpf = func(int, unsafe.Pointer, uintptr) (int, error) { return -1, unix.EPERM }
+					failBPF(t, unix.EPERM)
 				} else if s == SteerLoad {
 					needBPF(t)
 				}
@@ -510,8 +503,7 @@ func TestSurplusSocketsAreRetired(t *testing.T) {
 		t.Run(map[bool]string{false: "as it is", true: "by classic programs"}[classic], func(t *testing.T) {
 			noLeaks(t)
 			if classic {
-				defer func(f func(int, unsafe.Pointer, uintptr) (int, error)) { bpf = f }(bpf)
-				bpf = func(int, unsafe.Pointer, uintptr) (int, error) { return -1, unix.EPERM }
+				failBPF(t, unix.EPERM)
 			}
 			g, ls := newTestGroup(t, 200, "tcp", "127.0.0.1:0", WithRequireKernel())
 			var wg sync.WaitGroup
@@ -542,38 +534,20 @@ func TestSurplusSocketsAreRetired(t *testing.T) {
 // retired.
 func TestLastCloseWaitsForRetiring(t *testing.T) {
 	noLeaks(t)
-	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
-	require.NoError(t, ls[1].Close())
-	k := g.g.k
-	g.g.mu.Lock()
-	w := (*g.g.shared.Load())[0]
-	k.steer()
-	k.since = k.since.Add(-retireAfter)
-	w.used.Store(-int64(time.Hour))
-	g.g.mu.Unlock()
-	w.token.Lock() // as who looks into it
-	retired := make(chan struct{})
-	go func() {
-		defer close(retired)
-		k.retire()
-	}()
-	require.Eventually(t, func() bool { return len(*g.g.shared.Load()) == 0 }, limit(5*time.Second), time.Millisecond)
-	dialled := make(chan error)
-	go func() {
-		err := ls[0].Close()
-		c, derr := dialOnce("tcp", g.Addr().String())
-		if derr == nil {
-			c.Close()
+	for i := range count(300, 30) {
+		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
+		require.NoError(t, ls[1].Close())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			retireNow(g)
+		}()
+		for g.Info().Sockets == 2 && i%2 == 0 { // the socket is about to be closed, or already is
+			runtime.Gosched()
 		}
-		dialled <- cmp.Or(err, derr)
-	}()
-	select {
-	case err := <-dialled:
-		w.token.Unlock()
+		require.NoError(t, ls[0].Close())
+		_, err := dialOnce("tcp", g.Addr().String())
 		require.ErrorIs(t, err, unix.ECONNREFUSED)
-	case <-time.After(50 * time.Millisecond):
-		w.token.Unlock()
-		require.ErrorIs(t, <-dialled, unix.ECONNREFUSED)
+		<-done
 	}
-	<-retired
 }

@@ -34,6 +34,15 @@ func openDescriptors() int {
 
 func isRefused(err error) bool { return errors.Is(err, unix.ECONNREFUSED) }
 
+// onFD runs f on the descriptor of a socket, and returns its error.
+func onFD(c syscall.RawConn, f func(fd uintptr) error) error {
+	var err error
+	if cerr := c.Control(func(fd uintptr) { err = f(fd) }); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
 // executable returns a copy of the test binary that any user can run, in a
 // directory that any user can write to.
 func executable(t testing.TB) string {
@@ -200,17 +209,17 @@ func TestOneErrorReachesOneAccept(t *testing.T) {
 func init() { workers["oneError"] = oneError }
 
 func oneError() {
-	retryAfter = time.Hour
+	setRetryAfter(time.Hour)
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 12, WithRequireKernel())
 	must(err)
 	ls := g.Listeners()
-	for !ls[0].ownReadable() {
+	for !ownQueued(ls[0]) {
 		_, err := net.Dial("tcp", g.Addr().String())
 		must(err)
 	}
 	// Everybody else has an empty queue and waits.
 	for _, l := range ls[1:] {
-		for l.ownReadable() {
+		for ownQueued(l) {
 			_, err := l.Accept()
 			must(err)
 		}
@@ -221,7 +230,7 @@ func oneError() {
 			_, err := l.Accept()
 			errs <- err
 		}()
-		for l.state.Load()&countMask == 0 {
+		for waiting(l) == 0 {
 			time.Sleep(time.Millisecond)
 		}
 	}
