@@ -49,8 +49,6 @@ func TestAcceptSyscalls(t *testing.T) {
 	}
 }
 
-func init() { workers["acceptSyscalls"] = acceptSyscallsWorker }
-
 // markName is a file that isn't there: looking for it marks a place in a trace.
 const markName = "/lblisten-mark"
 

@@ -36,12 +36,6 @@ type sandbox struct {
 	reason string // part of Info.Reason
 }
 
-func init() {
-	workers["network"] = networkWorker
-	workers["experiment"] = experimentWorker
-	workers["holder"] = holderWorker
-}
-
 func check(err error) {
 	if err != nil {
 		_, file, line, _ := runtime.Caller(1)
@@ -279,8 +273,6 @@ func TestHalfOpenConnectionsMigrate(t *testing.T) {
 		})
 	}
 }
-
-func init() { workers["rounds"] = roundsWorker }
 
 // roundsWorker has one process that accepts, and again and again a second one
 // that doesn't and is killed, under continuous dials.

@@ -30,12 +30,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func init() {
-	workers["listenCallsFail"] = listenCallsFail
-	workers["acceptCallFails"] = acceptCallFails
-	workers["withoutPoll"] = withoutPoll
-}
-
 // filterCall has a seccomp filter do what ret says when a system call is made,
 // with arg as its third argument if that isn't 0: in this thread, or by the flags
 // in the whole process.
@@ -90,7 +84,7 @@ func TestListenCallsFail(t *testing.T) {
 	}
 }
 
-func listenCallsFail() {
+func listenCallsFailWorker() {
 	names := os.Getenv("LBLISTEN_TEST_OPTIONS")
 	opts := faultOptions(names)
 	dispatcher := strings.HasPrefix(names, "dispatcher")
@@ -186,7 +180,7 @@ func TestAcceptCallFailsAtRandom(t *testing.T) {
 	})
 }
 
-func acceptCallFails() {
+func acceptCallFailsWorker() {
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 4, faultOptions(os.Getenv("LBLISTEN_TEST_OPTIONS"))...)
 	check(err)
 	ls := g.Listeners()
@@ -315,7 +309,7 @@ func TestWithoutPoll(t *testing.T) {
 // pollCall is what unix.Poll calls.
 var pollCall = map[string]uintptr{"amd64": 7, "arm64": unix.SYS_PPOLL, "riscv64": unix.SYS_PPOLL}[runtime.GOARCH]
 
-func withoutPoll() {
+func withoutPollWorker() {
 	name, only, _ := strings.Cut(os.Getenv("LBLISTEN_TEST_ERRNO"), " ")
 	errno := map[string]uint32{"EPERM": uint32(unix.EPERM), "ENOSYS": uint32(unix.ENOSYS)}[name]
 	ln, err := net.Listen("tcp", "127.0.0.1:0") // the runtime's own eventfd, and net's look at the system

@@ -21,9 +21,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// passingErrors are what accept(2) fails with for now.
-var passingErrors = []error{outOfFiles{}}
-
 // A flaky listener's Accept fails at random. It remembers each error.
 type flaky struct {
 	net.Listener

@@ -27,17 +27,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func init() {
-	passingErrors = nil
-	for _, e := range []syscall.Errno{unix.ECONNABORTED, unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EINTR} {
-		passingErrors = append(passingErrors, os.NewSyscallError("accept", e))
-	}
-	workers["busyWithoutDescriptors"] = busyWithoutDescriptors
-	workers["faultServer"] = faultServer
-	workers["closeOnExec"] = closeOnExecWorker
-	workers["holdNothing"] = holdNothingWorker
-}
-
 // faultOptions are the options of a worker, by their names.
 func faultOptions(names string) []Option {
 	var opts []Option
@@ -72,7 +61,7 @@ func TestNobodySpinsWithoutDescriptors(t *testing.T) {
 	})
 }
 
-func busyWithoutDescriptors() {
+func busyWithoutDescriptorsWorker() {
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 4, faultOptions(os.Getenv("LBLISTEN_TEST_MODE"))...)
 	must(err)
 	ls := g.Listeners()
@@ -131,9 +120,9 @@ func busyWithoutDescriptors() {
 		clients, clients-accepted.Load(), errs, used.Round(time.Millisecond), took.Round(time.Millisecond))
 }
 
-// faultServer listens and echoes, with the options and at the address that it is
+// faultServerWorker listens and echoes, with the options and at the address that it is
 // told, and ends with its standard input.
-func faultServer() {
+func faultServerWorker() {
 	g, err := ListenGroup(context.Background(), "tcp", os.Getenv("LBLISTEN_TEST_ADDRESS"), 2, faultOptions(os.Getenv("LBLISTEN_TEST_OPTIONS"))...)
 	must(err)
 	var wg sync.WaitGroup

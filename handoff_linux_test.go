@@ -34,8 +34,6 @@ func TestHandoffDiskFull(t *testing.T) {
 	require.Equal(t, "ok\n", string(out))
 }
 
-func init() { workers["diskFull"] = diskFullWorker }
-
 func diskFullWorker() {
 	dir := os.Getenv("LBLISTEN_TEST_DIR")
 	check(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
@@ -99,24 +97,23 @@ func TestHandoffOtherUsers(t *testing.T) {
 	require.NoError(t, os.Chown(filepath.Dir(path), 0, 0))
 }
 
-func init() {
-	workers["listenThere"] = func() {
-		_, err := Listen("tcp", "127.0.0.1:0", WithHandoff(os.Getenv("LBLISTEN_TEST_PATH")))
+func listenThereWorker() {
+	_, err := Listen("tcp", "127.0.0.1:0", WithHandoff(os.Getenv("LBLISTEN_TEST_PATH")))
+	fmt.Println(err)
+}
+
+func connectThereWorker() {
+	c, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_PATH"))
+	if err != nil {
 		fmt.Println(err)
+		return
 	}
-	workers["connectThere"] = func() {
-		c, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_PATH"))
-		if err != nil {
-			fmt.Println(err)
-			return
-		}
-		c.Write((&frame{kind: frameHello, n: handoffHighest, process: newID(), at: place{network: helloName}}).append(nil))
-		c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
-		b, err := io.ReadAll(c)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			fmt.Println("it wasn't closed")
-			return
-		}
-		fmt.Printf("%d bytes, then it was closed\n", len(b))
+	c.Write((&frame{kind: frameHello, n: handoffHighest, process: newID(), at: place{network: helloName}}).append(nil))
+	c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
+	b, err := io.ReadAll(c)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		fmt.Println("it wasn't closed")
+		return
 	}
+	fmt.Printf("%d bytes, then it was closed\n", len(b))
 }

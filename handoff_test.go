@@ -59,8 +59,6 @@ type (
 	}
 )
 
-func init() { workers["server"] = serverWorker }
-
 // serverWorker listens, and obeys: a word a line, each is answered by a report.
 // It ends with its standard input.
 func serverWorker() {
@@ -1549,9 +1547,7 @@ func TestHandoffPeerThatFloods(t *testing.T) {
 	require.Equal(t, "ok\n", runWorker(t, "flooded", "LBLISTEN_TEST_PATH="+handoffPath(t)))
 }
 
-func init() { workers["flooded"] = flooded }
-
-func flooded() {
+func floodedWorker() {
 	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(os.Getenv("LBLISTEN_TEST_PATH")))
 	must(err)
 	c, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_PATH"))

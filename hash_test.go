@@ -158,4 +158,4 @@ type flowOf struct{ net.Conn }
 func (flowOf) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
 func (flowOf) LocalAddr() net.Addr  { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2} }
 
-func init() { workers["flowKey"] = func() { fmt.Println(flowKey(flowOf{})) } }
+func flowKeyWorker() { fmt.Println(flowKey(flowOf{})) }

@@ -38,13 +38,9 @@ func limit(d time.Duration) time.Duration { return time.Duration(float64(d) * sl
 // count is n on a usual machine, less on a slow one, and at least least.
 func count(n, least int) int { return max(least, int(float64(n)/slow)) }
 
-// workers are parts of tests that run in processes of their own, by name; the
-// name is in the environment variable LBLISTEN_TEST_WORKER.
-var workers = map[string]func(){}
-
 func TestMain(m *testing.M) {
-	if w := workers[os.Getenv("LBLISTEN_TEST_WORKER")]; w != nil {
-		w()
+	if name := os.Getenv("LBLISTEN_TEST_WORKER"); name != "" {
+		workers[name]()
 		os.Exit(0)
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0") // what the runtime opens for itself, it opens once

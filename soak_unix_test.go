@@ -33,8 +33,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func init() { workers["soak"] = soakWorker }
-
 // A soakServer is what soakWorker has.
 type soakServer struct {
 	opts                  []Option

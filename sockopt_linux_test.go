@@ -75,16 +75,14 @@ func TestOtherUsersCannotJoin(t *testing.T) {
 	}
 }
 
-func init() {
-	workers["joinThere"] = func() {
-		ln, err := Listen("tcp", os.Getenv("LBLISTEN_TEST_ADDRESS"), WithLB())
-		switch {
-		case err == nil:
-			os.Stdout.WriteString("it joined " + ln.Addr().String())
-		case isAddrInUse(err):
-			os.Stdout.WriteString("address in use")
-		default:
-			os.Stdout.WriteString(err.Error())
-		}
+func joinThereWorker() {
+	ln, err := Listen("tcp", os.Getenv("LBLISTEN_TEST_ADDRESS"), WithLB())
+	switch {
+	case err == nil:
+		os.Stdout.WriteString("it joined " + ln.Addr().String())
+	case isAddrInUse(err):
+		os.Stdout.WriteString("address in use")
+	default:
+		os.Stdout.WriteString(err.Error())
 	}
 }

@@ -72,8 +72,6 @@ func TestClassicProgram(t *testing.T) {
 	require.NoError(t, err)
 }
 
-func init() { workers["steer"] = steerWorker }
-
 type steerResult struct {
 	Err      string
 	Info     map[string]string
