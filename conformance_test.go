@@ -37,19 +37,6 @@ type way struct {
 	tally
 }
 
-// A tally is what happened in a mode.
-type tally struct{ ran, skipped, dialled, lost, excused int }
-
-func ways() []*way {
-	return []*way{
-		{name: "kernel that inherits", mode: modes[0], inherits: true},
-		{name: "kernel without privilege", mode: modes[0]},
-		{name: "dispatcher", mode: modes[1]},
-		{name: "handoff by kernel", mode: modes[0], handoff: true},
-		{name: "handoff by dispatcher", mode: modes[1], handoff: true},
-	}
-}
-
 // need skips the modes that this system or user doesn't have.
 func (w *way) need(t *testing.T) {
 	w.mode.need(t)
@@ -82,6 +69,19 @@ func (w *way) need(t *testing.T) {
 
 func (w *way) kernel() bool { return w.mode.name == "kernel" }
 
+// A tally is what happened in a mode.
+type tally struct{ ran, skipped, dialled, lost, excused int }
+
+func ways() []*way {
+	return []*way{
+		{name: "kernel that inherits", mode: modes[0], inherits: true},
+		{name: "kernel without privilege", mode: modes[0]},
+		{name: "dispatcher", mode: modes[1]},
+		{name: "handoff by kernel", mode: modes[0], handoff: true},
+		{name: "handoff by dispatcher", mode: modes[1], handoff: true},
+	}
+}
+
 // A scenario is a row of the suite.
 type scenario struct {
 	name  string
@@ -96,41 +96,6 @@ type trial struct {
 	row  *scenario
 	opts []Option
 	path string // of the handoff
-}
-
-func TestConformance(t *testing.T) {
-	ways := ways()
-	for _, w := range ways {
-		t.Run(w.name, func(t *testing.T) {
-			w.need(t)
-			for i := range conformance {
-				row := &conformance[i]
-				t.Run(row.name, func(t *testing.T) {
-					noLeaks(t)
-					r := &trial{T: t, way: w, row: row, opts: []Option{w.mode.opt}}
-					if w.handoff {
-						r.path = socketPath(t)
-						r.opts = append(r.opts, WithHandoff(r.path))
-					}
-					defer func() {
-						if t.Skipped() {
-							w.skipped++
-						} else {
-							w.ran++
-						}
-					}()
-					row.do(r)
-				})
-			}
-		})
-	}
-	for _, w := range ways {
-		if w.ran > 0 {
-			t.Logf("conformance, %s, uid %d: %d scenarios, %d don't apply; %d tried, %d lost, %d more where a row says that they are",
-				w.name, os.Getuid(), w.ran, w.skipped, w.dialled, w.lost, w.excused)
-		}
-		require.Zero(t, w.lost, w.name)
-	}
 }
 
 // only skips the scenario where it doesn't apply.
@@ -252,34 +217,6 @@ type crew struct {
 	wg      sync.WaitGroup
 }
 
-// accept has members accept, and returns when all of them wait.
-func (t *trial) accept(ls ...*Listener) *crew {
-	t.Helper()
-	w := &crew{t: t, members: ls, got: make([]atomic.Int64, len(ls))}
-	for i, l := range ls {
-		w.wg.Add(1)
-		go func() {
-			defer w.wg.Done()
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					if !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
-						t.Errorf("accept: %v", err)
-					}
-					return
-				}
-				w.got[i].Add(1)
-				go echoConn(c)
-			}
-		}()
-	}
-	t.Cleanup(w.stop)
-	for _, l := range ls {
-		require.Eventually(t, func() bool { return waiting(l) > 0 }, limit(5*time.Second), time.Millisecond)
-	}
-	return w
-}
-
 // pace waits until the crew has all connections and all of it wait, if the
 // dispatcher balances: it goes by who waits.
 func (w *crew) pace() {
@@ -333,6 +270,34 @@ func (w *crew) end(clients []client) (got []int) {
 	return got
 }
 
+// accept has members accept, and returns when all of them wait.
+func (t *trial) accept(ls ...*Listener) *crew {
+	t.Helper()
+	w := &crew{t: t, members: ls, got: make([]atomic.Int64, len(ls))}
+	for i, l := range ls {
+		w.wg.Add(1)
+		go func() {
+			defer w.wg.Done()
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					if !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Errorf("accept: %v", err)
+					}
+					return
+				}
+				w.got[i].Add(1)
+				go echoConn(c)
+			}
+		}()
+	}
+	t.Cleanup(w.stop)
+	for _, l := range ls {
+		require.Eventually(t, func() bool { return waiting(l) > 0 }, limit(5*time.Second), time.Millisecond)
+	}
+	return w
+}
+
 // serve has members accept what waits, until all clients have their answers.
 func (t *trial) serve(clients []client, ls ...*Listener) []int {
 	t.Helper()
@@ -347,6 +312,41 @@ func (t *trial) isSpread(got []int) {
 		sum += n
 	}
 	require.Greater(t, slices.Min(got), sum/len(got)/8, "%v", got)
+}
+
+func TestConformance(t *testing.T) {
+	ways := ways()
+	for _, w := range ways {
+		t.Run(w.name, func(t *testing.T) {
+			w.need(t)
+			for i := range conformance {
+				row := &conformance[i]
+				t.Run(row.name, func(t *testing.T) {
+					noLeaks(t)
+					r := &trial{T: t, way: w, row: row, opts: []Option{w.mode.opt}}
+					if w.handoff {
+						r.path = socketPath(t)
+						r.opts = append(r.opts, WithHandoff(r.path))
+					}
+					defer func() {
+						if t.Skipped() {
+							w.skipped++
+						} else {
+							w.ran++
+						}
+					}()
+					row.do(r)
+				})
+			}
+		})
+	}
+	for _, w := range ways {
+		if w.ran > 0 {
+			t.Logf("conformance, %s, uid %d: %d scenarios, %d don't apply; %d tried, %d lost, %d more where a row says that they are",
+				w.name, os.Getuid(), w.ran, w.skipped, w.dialled, w.lost, w.excused)
+		}
+		require.Zero(t, w.lost, w.name)
+	}
 }
 
 func evenSpread(e endpoint) func(t *trial) {
@@ -938,70 +938,4 @@ var conformance = []scenario{
 		}
 		require.EqualValues(t, 24, most)
 	}},
-}
-
-// accepted is ways by which a connection can come: each opens, and returns an
-// address to dial and an Accept.
-var accepted = []struct {
-	name string
-	open func(t *testing.T) (net.Addr, func() (net.Conn, error))
-}{
-	{"own socket", ofGroup(modes[0], 1, false)},
-	{"own and inherited sockets", ofGroup(modes[0], 9, false)},
-	{"own and inherited sockets, AcceptTCP", ofGroup(modes[0], 9, true)},
-	{"dispatcher", ofGroup(modes[1], 2, false)},
-	{"dispatcher, AcceptTCP", ofGroup(modes[1], 2, true)},
-	{"Dispatch of a plain listener", dispatched(func(ln net.Listener) net.Listener { return ln })},
-	{"Dispatch of a listener without deadlines", dispatched(func(ln net.Listener) net.Listener { return struct{ net.Listener }{ln} })},
-	{"unix socket", func(t *testing.T) (net.Addr, func() (net.Conn, error)) {
-		if !nettest.TestableNetwork("unix") {
-			t.Skip("no unix sockets here")
-		}
-		g, ls := newTestGroup(t, 2, "unix", socketPath(t), WithLB())
-		return g.Addr(), ls[0].Accept
-	}},
-}
-
-// ofGroup opens a group of which one member is left.
-func ofGroup(m mode, n int, tcp bool) func(t *testing.T) (net.Addr, func() (net.Conn, error)) {
-	return func(t *testing.T) (net.Addr, func() (net.Conn, error)) {
-		m.need(t)
-		g, ls := newTestGroup(t, n, "tcp", "127.0.0.1:0", m.opt)
-		for _, l := range ls[1:] {
-			require.NoError(t, l.Close())
-		}
-		if tcp {
-			return g.Addr(), func() (net.Conn, error) { return ls[0].AcceptTCP() }
-		}
-		return g.Addr(), ls[0].Accept
-	}
-}
-
-func dispatched(wrap func(net.Listener) net.Listener) func(t *testing.T) (net.Addr, func() (net.Conn, error)) {
-	return func(t *testing.T) (net.Addr, func() (net.Conn, error)) {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		_, ls := dispatchTest(t, wrap(ln), 2)
-		return ln.Addr(), ls[1].Accept
-	}
-}
-
-// Accepted connections are conforming net.Conns, whichever way they came.
-func TestConn(t *testing.T) {
-	for _, c := range accepted {
-		t.Run(c.name, func(t *testing.T) {
-			noLeaks(t)
-			a, accept := c.open(t)
-			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-				if c1, err = net.Dial(a.Network(), a.String()); err != nil {
-					return nil, nil, nil, err
-				}
-				if c2, err = accept(); err != nil {
-					c1.Close()
-					return nil, nil, nil, err
-				}
-				return c1, c2, func() { c1.Close(); c2.Close() }, nil
-			})
-		})
-	}
 }

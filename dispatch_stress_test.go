@@ -1,5 +1,7 @@
 package lblisten
 
+// The dispatcher with many Accepts at once, and with none to spare.
+
 import (
 	"errors"
 	"fmt"
@@ -22,7 +24,8 @@ type token struct {
 	closed atomic.Bool
 }
 
-func (c *token) LocalAddr() net.Addr  { return c.from.local }
+func (c *token) LocalAddr() net.Addr { return c.from.local }
+
 func (c *token) RemoteAddr() net.Addr { return c.from.remote }
 
 func (c *token) Close() error {

@@ -1,5 +1,7 @@
 package lblisten
 
+// Any sequence of operations on a group, with an oracle.
+
 import (
 	"context"
 	"errors"

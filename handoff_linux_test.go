@@ -1,5 +1,8 @@
 package lblisten
 
+// The handoff on a disk that is full or can't be written to, of other users, and of
+// other clocks.
+
 import (
 	"errors"
 	"fmt"
@@ -8,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,6 +64,80 @@ func diskFullWorker() {
 	}
 	check(ln.Close())
 	fmt.Println("ok")
+}
+
+// A disk that is full when the hub dies costs nothing: nobody can be the hub, so
+// everybody serves everything, and when there is room again, all find together.
+func TestHandoffDiskFullWhileRunning(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNS|unix.CLONE_NEWNET) {
+		return
+	}
+	for _, m := range modes {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: m.name == "dispatcher"}
+		dir := filepath.Dir(job.Path)
+		// Room for the directory, the lock and the socket, but not for another one.
+		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=3,mode=700"))
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+		var servers []*server
+		for range 3 {
+			servers = append(servers, startServer(t, job))
+			job.Address = servers[0].Address
+		}
+		for _, s := range servers {
+			s.becomes(isHandedOff)
+		}
+		n := count(300, 30)
+		conns := standing(t, job.Address, n)
+		servers[0].kill()
+		servers[1].becomes(func(r serverReport) bool { return strings.Contains(r.Reason, "no space left on device") })
+		servers[1].ask("accept")
+		served := answered(conns)
+		t.Logf("%s: %d tried, %d lost", m.name, n, n-served)
+		require.Equal(t, n, served)
+		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "nr_inodes=100,mode=700"))
+		for _, s := range append(servers[1:], startServer(t, job)) {
+			s.becomes(isHandedOff)
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+	}
+}
+
+// A process that may only read the file system of the handoff's path gets an
+// error that says so, before it opens anything, and the others go on.
+func TestHandoffReadOnly(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNS|unix.CLONE_NEWNET) {
+		return
+	}
+	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
+	servers := []*server{startServer(t, job)}
+	job.Address = servers[0].Address
+	servers = append(servers, startServer(t, job))
+	n := count(300, 30)
+	conns := standing(t, job.Address, n)
+	readOnly := filepath.Dir(handoffPath(t))
+	require.NoError(t, unix.Mount(filepath.Dir(job.Path), readOnly, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(readOnly, unix.MNT_DETACH) })
+	require.NoError(t, unix.Mount("", readOnly, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	fds := openDescriptors()
+	for _, path := range []string{filepath.Join(readOnly, "lb.sock"), filepath.Join(readOnly, "new.sock")} {
+		for _, opt := range []Option{WithRequireKernel(), WithDispatcher()} {
+			_, err := Listen("tcp", job.Address, opt, WithHandoff(path))
+			require.ErrorIs(t, err, unix.EROFS)
+			require.ErrorContains(t, err, path)
+			require.ErrorContains(t, err, job.Address)
+		}
+	}
+	require.Equal(t, fds, openDescriptors())
+	for _, s := range servers {
+		s.becomes(isHandedOff)
+	}
+	servers[0].kill()
+	servers[1].ask("accept")
+	served := answered(conns)
+	t.Logf("%d tried, %d lost", n, n-served)
+	require.Equal(t, n, served)
 }
 
 // Another user's process gets nothing from the hub, even where the file's mode
@@ -116,4 +194,50 @@ func connectThereWorker() {
 		return
 	}
 	fmt.Printf("%d bytes, then it was closed\n", len(b))
+}
+
+// Processes whose monotonic clocks differ by ten days, as in containers that were
+// moved, are one set of a handoff: nothing that goes between them is a time. (The
+// clock of a running process can't be moved without the machine's: a time
+// namespace is entered by exec, and the wall clock has none.)
+func TestHandoffOfOtherClocks(t *testing.T) {
+	unshare, err := exec.LookPath("unshare")
+	if err != nil {
+		t.Skip("making a time namespace takes unshare(1)")
+	}
+	if !inNamespaces(t, unix.CLONE_NEWNET) {
+		return
+	}
+	shifted := []string{unshare, "--time", "--monotonic", "864000", "--boottime", "864000", "--fork", "--kill-child"}
+	out, err := exec.Command(unshare, append(slices.Clone(shifted[1:]), "cat", "/proc/uptime")...).CombinedOutput()
+	if err != nil {
+		t.Skipf("no time namespace: %s", out)
+	}
+	var uptime float64
+	_, err = fmt.Sscan(string(out), &uptime)
+	require.NoError(t, err)
+	require.Greater(t, uptime, 864000.0)
+	for _, m := range modes {
+		for _, dead := range []int{0, 1} {
+			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: m.name == "dispatcher"}
+			servers := []*server{startServer(t, job)}
+			job.Address = servers[0].Address
+			servers = append(servers, beginServer(t, job, shifted...))
+			servers[1].hear()
+			for _, s := range servers {
+				s.becomes(isHandedOff)
+			}
+			n := count(300, 30)
+			conns := standing(t, job.Address, n)
+			servers[dead].kill()
+			servers[1-dead].ask("accept")
+			served := answered(conns)
+			t.Logf("%s: %d tried, %d lost", m.name, n, n-served)
+			require.Equal(t, n, served)
+			for _, c := range conns {
+				c.Close()
+			}
+			servers[1-dead].close()
+		}
+	}
 }

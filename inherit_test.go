@@ -1,9 +1,12 @@
 package lblisten
 
+// What becomes of a queue when its member closes, or never accepts.
+
 import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -80,6 +83,66 @@ func TestBlockedHeirIsWoken(t *testing.T) {
 			c.Close()
 		}
 	})
+}
+
+// A blocked heir is served at once, however many siblings close together.
+func TestHeirOfManyIsWoken(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	defer setRetryAfter(time.Hour)()
+	for range count(20, 3) {
+		g, _ := newTestGroup(t, count(100, 20), "tcp", "127.0.0.1:0", WithRequireKernel())
+		heir := joinTest(t, g.Listeners()[0], WithRequireKernel())
+		for !ownQueued(heir) && g.Stats().Queued < 1 {
+			dialTest(t, g.Addr())
+		}
+		if ownQueued(heir) {
+			acceptWithin(t, heir)
+			dialTest(t, g.Addr())
+		}
+		got := make(chan result, 1)
+		go func() {
+			c, err := heir.Accept()
+			got <- result{c, err}
+		}()
+		require.NoError(t, g.Close())
+		require.NoError(t, get(t, got).err)
+		require.NoError(t, heir.Close())
+	}
+}
+
+// A member that is kicked just as it closes passes the kick on. With two
+// members, of which one closes while connections arrive in a shared socket, the
+// other must get every one of them.
+func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	defer setRetryAfter(time.Hour)()
+	var heir *Listener
+	for round := range count(3000, 100) {
+		if round%100 == 0 { // before the kernel steers nothing to the shared sockets any more
+			_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithRequireKernel())
+			heir = ls[0]
+		}
+		other, l := joinTest(t, heir, WithRequireKernel()), joinTest(t, heir, WithRequireKernel())
+		require.NoError(t, other.Close()) // its socket is shared, because both others have their own
+		require.Equal(t, 3, heir.Info().Sockets)
+		a, b := blocked(t, heir), blocked(t, l)
+		c := dialTest(t, heir.Addr())
+		require.NoError(t, l.Close())
+		rb := get(t, b)
+		if rb.err == nil {
+			require.NoError(t, heir.SetDeadline(longPast))
+			require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
+			require.NoError(t, heir.SetDeadline(time.Time{}))
+			rb.c.Close()
+		} else {
+			ra := get(t, a)
+			require.NoError(t, ra.err)
+			ra.c.Close()
+		}
+		c.Close() // the next round's members adopt both sockets
+	}
 }
 
 // All members but one close, in any order, one after the other or two at once;
@@ -240,62 +303,76 @@ func TestOwnAndSharedAreBothServed(t *testing.T) {
 	}
 }
 
-// A member that is kicked just as it closes passes the kick on. With two
-// members, of which one closes while connections arrive in a shared socket, the
-// other must get every one of them.
-func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
-	modes[0].need(t)
-	noLeaks(t)
-	defer setRetryAfter(time.Hour)()
-	var heir *Listener
-	for round := range count(3000, 100) {
-		if round%100 == 0 { // before the kernel steers nothing to the shared sockets any more
-			_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithRequireKernel())
-			heir = ls[0]
+// A member that never accepts keeps nothing from the siblings of a dispatcher's
+// group, and by the kernel only what is in its own queue, which they get when it
+// closes.
+func TestMemberThatNeverAccepts(t *testing.T) {
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", m.opt)
+		var wg sync.WaitGroup
+		var accepted atomic.Int64
+		for _, l := range ls[1:] {
+			wg.Add(1)
+			go echo(&wg, l, &accepted)
 		}
-		other, l := joinTest(t, heir, WithRequireKernel()), joinTest(t, heir, WithRequireKernel())
-		require.NoError(t, other.Close()) // its socket is shared, because both others have their own
-		require.Equal(t, 3, heir.Info().Sockets)
-		a, b := blocked(t, heir), blocked(t, l)
-		c := dialTest(t, heir.Addr())
-		require.NoError(t, l.Close())
-		rb := get(t, b)
-		if rb.err == nil {
-			require.NoError(t, heir.SetDeadline(longPast))
-			require.ErrorIs(t, get(t, a).err, os.ErrDeadlineExceeded)
-			require.NoError(t, heir.SetDeadline(time.Time{}))
-			rb.c.Close()
+		n := count(400, 40)
+		conns := queueUp(t, g.Addr(), n)
+		if m.name == "dispatcher" {
+			require.Equal(t, n, answered(conns))
 		} else {
-			ra := get(t, a)
-			require.NoError(t, ra.err)
-			ra.c.Close()
+			require.Eventually(t, func() bool {
+				queued := ls[0].Stats().Queued
+				return queued < 0 || int(accepted.Load())+queued == n
+			}, limit(10*time.Second), time.Millisecond)
+			t.Logf("%d of %d wait for it", n-int(accepted.Load()), n)
+			require.NotZero(t, n-int(accepted.Load()))
+			require.NoError(t, ls[0].Close())
+			require.Equal(t, n, answered(conns))
 		}
-		c.Close() // the next round's members adopt both sockets
-	}
+		for _, c := range conns {
+			c.Close()
+		}
+		require.NoError(t, g.Close())
+		wg.Wait()
+		t.Logf("%d tried, %d lost", n, n-int(accepted.Load()))
+		require.EqualValues(t, n, accepted.Load())
+	})
 }
 
-// A blocked heir is served at once, however many siblings close together.
-func TestHeirOfManyIsWoken(t *testing.T) {
-	modes[0].need(t)
-	noLeaks(t)
-	defer setRetryAfter(time.Hour)()
-	for range count(20, 3) {
-		g, _ := newTestGroup(t, count(100, 20), "tcp", "127.0.0.1:0", WithRequireKernel())
-		heir := joinTest(t, g.Listeners()[0], WithRequireKernel())
-		for !ownQueued(heir) && g.Stats().Queued < 1 {
-			dialTest(t, g.Addr())
-		}
-		if ownQueued(heir) {
-			acceptWithin(t, heir)
-			dialTest(t, g.Addr())
-		}
-		got := make(chan result, 1)
-		go func() {
-			c, err := heir.Accept()
-			got <- result{c, err}
-		}()
-		require.NoError(t, g.Close())
-		require.NoError(t, get(t, got).err)
-		require.NoError(t, heir.Close())
+// Clients that reset their connections before these are accepted, with and
+// without data, end no Accept and cost no other client its connection, also in
+// a queue that is inherited.
+func TestResetBeforeAccept(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip(resetOnWindows)
 	}
+	inModes(t, func(t *testing.T, m mode) {
+		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", m.opt)
+		n := count(200, 20)
+		var conns []net.Conn
+		for i := range n {
+			if i%2 == 0 {
+				dialTest(t, g.Addr()).Close() // resets: see dialOnce
+			} else {
+				queueUp(t, g.Addr(), 1)[0].Close()
+			}
+			conns = append(conns, queueUp(t, g.Addr(), 1)...)
+		}
+		require.NoError(t, ls[0].Close())
+		var wg sync.WaitGroup
+		var accepted atomic.Int64
+		for _, l := range ls[1:] {
+			wg.Add(1)
+			go echo(&wg, l, &accepted)
+		}
+		served := answered(conns)
+		for _, c := range conns {
+			c.Close()
+		}
+		require.NoError(t, g.Close())
+		wg.Wait()
+		t.Logf("%d tried, %d lost, beside %d that were reset; %d accepted", n, n-served, n, accepted.Load())
+		require.Equal(t, n, served)
+		require.LessOrEqual(t, int(accepted.Load()), 2*n)
+	})
 }

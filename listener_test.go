@@ -1,5 +1,7 @@
 package lblisten
 
+// A listener as its user sees it, with package net's as the oracle.
+
 import (
 	"errors"
 	"net"
@@ -284,35 +286,6 @@ func TestClosedListener(t *testing.T) {
 	})
 }
 
-// Stats tell what waits and how much may, where the system does.
-func TestStats(t *testing.T) {
-	inModes(t, func(t *testing.T, m mode) {
-		opts := []Option{m.opt}
-		if setsBacklog() {
-			opts = append(opts, WithBacklog(50))
-		}
-		g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
-		queueUp(t, g.Addr(), 7)
-		s := g.Stats()
-		if s.Queued < 0 {
-			require.Contains(t, []string{"dragonfly", "darwin", "netbsd", "openbsd", "solaris", "illumos", "aix", "windows"}, runtime.GOOS)
-			return
-		}
-		require.Equal(t, 7, s.Queued)
-		sockets := g.Info().Sockets
-		require.Equal(t, 50*sockets, s.Backlog)
-		require.Equal(t, 50, ls[0].Stats().Backlog)
-		require.NoError(t, ls[1].Close())
-		require.Equal(t, 7, g.Stats().Queued, "what waits is still there")
-		for range 7 {
-			acceptWithin(t, ls[0])
-		}
-		s = g.Stats()
-		require.EqualValues(t, 7, s.Accepted)
-		require.Zero(t, s.Queued)
-	})
-}
-
 // What every Accept of a member writes has cache lines of its own: neither other
 // members nor what all of them read is on them.
 func TestCountersShareNoCacheLine(t *testing.T) {
@@ -321,16 +294,4 @@ func TestCountersShareNoCacheLine(t *testing.T) {
 		require.GreaterOrEqual(t, f.begin, f.before+line, f.name)
 		require.GreaterOrEqual(t, f.after, f.end+line, f.name)
 	}
-}
-
-// What is inherited is counted an instant before it is accepted, and never more.
-func TestStatsInTheMiddleOfAccept(t *testing.T) {
-	noLeaks(t)
-	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithLB())
-	countInherited(ls[0])
-	require.Zero(t, ls[0].Stats().Inherited)
-	require.Zero(t, g.Stats().Inherited)
-	countAccepted(ls[0])
-	require.EqualValues(t, 1, ls[0].Stats().Inherited)
-	require.EqualValues(t, 1, g.Stats().Inherited)
 }

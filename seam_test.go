@@ -88,7 +88,8 @@ func set[T any](p *T, v T) func() {
 // countInherited and countAccepted are the two halves of what an Accept counts
 // that returns an inherited connection, in this order.
 func countInherited(l *Listener) { l.inherited.Add(1) }
-func countAccepted(l *Listener)  { l.accepted.Add(1) }
+
+func countAccepted(l *Listener) { l.accepted.Add(1) }
 
 // A hotField is what Accepts write or read all the time: the bytes from begin to
 // end of a struct, with the next other field on either side.

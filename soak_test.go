@@ -337,50 +337,6 @@ func (s *soak) check(err error) {
 	}
 }
 
-// A seat has a group of members, or none. Only its own goroutine uses it.
-type seat struct {
-	s       *soak
-	group   *Group
-	members []*soaked
-	loops   sync.WaitGroup
-}
-
-// A soaked is a member with what the model knows of it.
-type soaked struct {
-	*Listener
-	closed bool
-
-	mu   sync.Mutex
-	cond sync.Cond // held has changed
-	held bool
-	done bool
-	// version counts the changes of the deadline, it is odd while one is made;
-	// past and none say what it is in between.
-	version    uint64
-	past, none bool
-}
-
-func newSoaked(l *Listener) *soaked {
-	m := &soaked{Listener: l, none: true}
-	m.cond.L = &m.mu
-	return m
-}
-
-func (m *soaked) change(f func()) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	f()
-	m.cond.Broadcast()
-}
-
-// setDeadline sets a deadline and tells the model.
-func (m *soaked) setDeadline(t time.Time, past, none bool) error {
-	m.change(func() { m.version++ })
-	err := m.SetDeadline(t)
-	m.change(func() { m.version, m.past, m.none = m.version+1, past, none })
-	return err
-}
-
 // loop accepts until the member is closed, and judges each result.
 func (s *soak) loop(m *soaked) {
 	for {
@@ -436,102 +392,6 @@ func (s *soak) loop(m *soaked) {
 func (s *soak) listen(n int) (*Group, error) {
 	opts := []Option{s.m.opt, WithSteering(s.steering)}
 	return ListenGroup(context.Background(), s.e.network, (*s.addr.Load()).String(), n, opts...)
-}
-
-func (st *seat) join(g *Group) {
-	st.group = g
-	for _, l := range g.Listeners() {
-		m := newSoaked(l)
-		st.members = append(st.members, m)
-		for range max(st.s.loops, 1+len(g.members)%2) {
-			st.loops.Add(1)
-			go func() {
-				defer st.loops.Done()
-				st.s.loop(m)
-			}()
-		}
-	}
-}
-
-func (st *seat) close(members []*soaked, end func() error) {
-	some := false
-	for _, m := range members {
-		some = some || !m.closed
-		m.closed = true
-		m.change(func() { m.done = true })
-	}
-	err := end()
-	if some && err != nil || !some && !errors.Is(err, net.ErrClosed) {
-		st.s.errorf("Close returned %v", err)
-	}
-}
-
-func (st *seat) obey(o operation) {
-	s := st.s
-	switch o.do {
-	case "join":
-		g, err := s.listen(o.n)
-		if err != nil {
-			s.errorf("Listen: %w", err)
-			return
-		}
-		st.join(g)
-		return
-	case "lives":
-		for i := range o.n {
-			st.obey(operation{do: "join", n: 1 + i%2})
-			if i%4 == 0 {
-				st.obey(operation{do: "deadline soon", n: 1 + i*7})
-				st.obey(operation{do: "deadline off"})
-			}
-			st.obey(operation{do: "close"})
-			s.lives.Add(1)
-		}
-		return
-	}
-	if st.group == nil {
-		return // Listen failed
-	}
-	switch o.do {
-	case "close":
-		st.close(st.members, st.group.Close)
-		st.loops.Wait()
-		s.counted.Add(int64(st.group.Stats().Accepted))
-		st.group, st.members = nil, nil
-	case "close one":
-		m := st.members[o.n%len(st.members)]
-		st.close([]*soaked{m}, m.Close)
-	case "look":
-		st.group.Info()
-		stats := st.group.Stats()
-		if stats.Inherited > stats.Accepted {
-			s.errorf("%+v", stats)
-		}
-		for _, m := range st.members {
-			m.Info()
-			m.Stats()
-		}
-	default:
-		for _, m := range st.members {
-			var err error
-			switch {
-			case m.closed:
-			case o.do == "hold":
-				m.change(func() { m.held = true })
-			case o.do == "go on":
-				m.change(func() { m.held = false })
-			case o.do == "deadline past":
-				err = m.setDeadline(longPast, true, false)
-			case o.do == "deadline soon":
-				err = m.setDeadline(time.Now().Add(time.Duration(o.n)*time.Microsecond), false, false)
-			case o.do == "deadline off":
-				err = m.setDeadline(time.Time{}, false, true)
-			}
-			if err != nil {
-				s.errorf("%s: %w", o.do, err)
-			}
-		}
-	}
 }
 
 // excuse: a client may fail while nobody listens, and on FreeBSD be refused in
@@ -634,6 +494,146 @@ func (s *soak) run(seed uint64, plan []operation) error {
 		s.errorf("%d addresses are left", left)
 	}
 	return errors.Join(s.errs...)
+}
+
+// A seat has a group of members, or none. Only its own goroutine uses it.
+type seat struct {
+	s       *soak
+	group   *Group
+	members []*soaked
+	loops   sync.WaitGroup
+}
+
+// A soaked is a member with what the model knows of it.
+type soaked struct {
+	*Listener
+	closed bool
+
+	mu   sync.Mutex
+	cond sync.Cond // held has changed
+	held bool
+	done bool
+	// version counts the changes of the deadline, it is odd while one is made;
+	// past and none say what it is in between.
+	version    uint64
+	past, none bool
+}
+
+func newSoaked(l *Listener) *soaked {
+	m := &soaked{Listener: l, none: true}
+	m.cond.L = &m.mu
+	return m
+}
+
+func (m *soaked) change(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f()
+	m.cond.Broadcast()
+}
+
+// setDeadline sets a deadline and tells the model.
+func (m *soaked) setDeadline(t time.Time, past, none bool) error {
+	m.change(func() { m.version++ })
+	err := m.SetDeadline(t)
+	m.change(func() { m.version, m.past, m.none = m.version+1, past, none })
+	return err
+}
+
+func (st *seat) join(g *Group) {
+	st.group = g
+	for _, l := range g.Listeners() {
+		m := newSoaked(l)
+		st.members = append(st.members, m)
+		for range max(st.s.loops, 1+len(g.members)%2) {
+			st.loops.Add(1)
+			go func() {
+				defer st.loops.Done()
+				st.s.loop(m)
+			}()
+		}
+	}
+}
+
+func (st *seat) close(members []*soaked, end func() error) {
+	some := false
+	for _, m := range members {
+		some = some || !m.closed
+		m.closed = true
+		m.change(func() { m.done = true })
+	}
+	err := end()
+	if some && err != nil || !some && !errors.Is(err, net.ErrClosed) {
+		st.s.errorf("Close returned %v", err)
+	}
+}
+
+func (st *seat) obey(o operation) {
+	s := st.s
+	switch o.do {
+	case "join":
+		g, err := s.listen(o.n)
+		if err != nil {
+			s.errorf("Listen: %w", err)
+			return
+		}
+		st.join(g)
+		return
+	case "lives":
+		for i := range o.n {
+			st.obey(operation{do: "join", n: 1 + i%2})
+			if i%4 == 0 {
+				st.obey(operation{do: "deadline soon", n: 1 + i*7})
+				st.obey(operation{do: "deadline off"})
+			}
+			st.obey(operation{do: "close"})
+			s.lives.Add(1)
+		}
+		return
+	}
+	if st.group == nil {
+		return // Listen failed
+	}
+	switch o.do {
+	case "close":
+		st.close(st.members, st.group.Close)
+		st.loops.Wait()
+		s.counted.Add(int64(st.group.Stats().Accepted))
+		st.group, st.members = nil, nil
+	case "close one":
+		m := st.members[o.n%len(st.members)]
+		st.close([]*soaked{m}, m.Close)
+	case "look":
+		st.group.Info()
+		stats := st.group.Stats()
+		if stats.Inherited > stats.Accepted {
+			s.errorf("%+v", stats)
+		}
+		for _, m := range st.members {
+			m.Info()
+			m.Stats()
+		}
+	default:
+		for _, m := range st.members {
+			var err error
+			switch {
+			case m.closed:
+			case o.do == "hold":
+				m.change(func() { m.held = true })
+			case o.do == "go on":
+				m.change(func() { m.held = false })
+			case o.do == "deadline past":
+				err = m.setDeadline(longPast, true, false)
+			case o.do == "deadline soon":
+				err = m.setDeadline(time.Now().Add(time.Duration(o.n)*time.Microsecond), false, false)
+			case o.do == "deadline off":
+				err = m.setDeadline(time.Time{}, false, true)
+			}
+			if err != nil {
+				s.errorf("%s: %w", o.do, err)
+			}
+		}
+	}
 }
 
 // Members come, go, stand still, and have deadlines, in any order and at the same

@@ -348,45 +348,6 @@ func (ps *processes) stop(s *server) {
 	require.True(ps.t, status.Stopped(), "a server ended: %v", status)
 }
 
-func portOf(address string) int {
-	_, port, _ := net.SplitHostPort(address)
-	n, _ := strconv.Atoi(port)
-	return n
-}
-
-// clientsOf returns the ports of the clients whose connections a process has
-// accepted on its port. Linux's kernel tells.
-func clientsOf(pid, port int) (map[int]bool, error) {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	files, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	own := make(map[string]bool)
-	for _, f := range files {
-		if to, err := os.Readlink(filepath.Join(dir, f.Name())); err == nil {
-			own[to] = true
-		}
-	}
-	ports := make(map[int]bool)
-	for range 2 { // lines can be passed over while others go
-		b, err := os.ReadFile("/proc/net/tcp")
-		if err != nil {
-			return nil, err
-		}
-		for _, line := range strings.Split(string(b), "\n") {
-			f := strings.Fields(line)
-			if len(f) < 10 || !own["socket:["+f[9]+"]"] || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
-				continue
-			}
-			if n, err := strconv.ParseUint(f[2][len(f[2])-4:], 16, 16); err == nil && n != 0 {
-				ports[int(n)] = true
-			}
-		}
-	}
-	return ports, nil
-}
-
 // excuse: a client may fail whose connection had been accepted by a process that
 // was killed then.
 func (ps *processes) excuse(c *soakClient) *atomic.Int64 {
@@ -484,6 +445,45 @@ func (ps *processes) run(plan []operation) error {
 		return fmt.Errorf("there are %d hubs", hubs)
 	}
 	return nil
+}
+
+func portOf(address string) int {
+	_, port, _ := net.SplitHostPort(address)
+	n, _ := strconv.Atoi(port)
+	return n
+}
+
+// clientsOf returns the ports of the clients whose connections a process has
+// accepted on its port. Linux's kernel tells.
+func clientsOf(pid, port int) (map[int]bool, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	own := make(map[string]bool)
+	for _, f := range files {
+		if to, err := os.Readlink(filepath.Join(dir, f.Name())); err == nil {
+			own[to] = true
+		}
+	}
+	ports := make(map[int]bool)
+	for range 2 { // lines can be passed over while others go
+		b, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			return nil, err
+		}
+		for _, line := range strings.Split(string(b), "\n") {
+			f := strings.Fields(line)
+			if len(f) < 10 || !own["socket:["+f[9]+"]"] || !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+				continue
+			}
+			if n, err := strconv.ParseUint(f[2][len(f[2])-4:], 16, 16); err == nil && n != 0 {
+				ports[int(n)] = true
+			}
+		}
+	}
+	return ports, nil
 }
 
 // Processes with a handoff start, close, are killed, stopped and held in any

@@ -1,8 +1,9 @@
 package lblisten
 
+// Steering by the kernel: when a program is in force, and for whom.
+
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -16,61 +17,8 @@ import (
 
 	"github.com/libp2p/go-reuseport"
 	"github.com/stretchr/testify/require"
-	cbpf "golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
-
-// inMachine has a classic program run in the virtual machine, where network offsets
-// don't exist: they are plain ones there.
-func inMachine(t *testing.T, p []cbpf.Instruction) *cbpf.VM {
-	t.Helper()
-	p = slices.Clone(p)
-	for i, in := range p {
-		if l, ok := in.(cbpf.LoadAbsolute); ok {
-			l.Off -= 0xfff00000
-			p[i] = l
-		}
-	}
-	vm, err := cbpf.NewVM(p)
-	require.NoError(t, err)
-	return vm
-}
-
-func header4(src net.IP) []byte {
-	b := make([]byte, 40)
-	b[0] = 0x45
-	copy(b[12:], src.To4())
-	return b
-}
-
-func header6(src net.IP) []byte {
-	b := make([]byte, 60)
-	b[0] = 0x60
-	copy(b[8:], src.To16())
-	return b
-}
-
-// The classic program gives each source one live place and uses all of them.
-func TestClassicProgram(t *testing.T) {
-	for _, live := range [][]int{{0}, {0, 1, 2, 3}, {1, 3, 4}, {7, 0, 5, 2, 9}} {
-		vm := inMachine(t, classicProgram(SteerSource, live))
-		got := make(map[int]int)
-		for i := range 200 {
-			for _, packet := range [][]byte{header4(net.IPv4(192, 0, 2, byte(i))), header6(net.ParseIP(fmt.Sprintf("2001:db8::%x", i+1)))} {
-				place, err := vm.Run(packet)
-				require.NoError(t, err)
-				require.Contains(t, live, place)
-				again, err := vm.Run(packet)
-				require.NoError(t, err)
-				require.Equal(t, place, again)
-				got[place]++
-			}
-		}
-		require.Len(t, got, len(live))
-	}
-	_, err := cbpf.Assemble(classicProgram(SteerFlow, make([]int, 1000)))
-	require.NoError(t, err)
-}
 
 type steerResult struct {
 	Err      string
@@ -268,127 +216,6 @@ func TestSteerCPU(t *testing.T) {
 	}
 }
 
-// One of four listeners stalls for half of the time. By the kernel's hash its
-// share of the connections waits; by load next to none does.
-func TestSteerLoadByKernel(t *testing.T) {
-	needBPF(t)
-	noLeaks(t)
-	share := func(s Steering) float64 {
-		g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(s))
-		require.Equal(t, s, g.Info().Steering)
-		var wg sync.WaitGroup
-		var accepted atomic.Int64
-		for _, l := range ls[1:] {
-			wg.Add(1)
-			go echo(&wg, l, &accepted)
-		}
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			next := time.Now().Add(time.Second)
-			for {
-				if time.Now().After(next) {
-					time.Sleep(time.Second)
-					next = time.Now().Add(time.Second)
-				}
-				c, err := acceptBy(ls[0], 50*time.Millisecond)
-				if err != nil {
-					if g.Info().Members == 0 || ls[0].Info().Members == 0 {
-						return
-					}
-					continue
-				}
-				wg.Add(1)
-				go func() {
-					defer wg.Done()
-					var b [1]byte
-					c.Read(b[:])
-					c.Write(b[:])
-					c.Read(b[:])
-					c.Close()
-				}()
-			}
-		}()
-		d := new(load)
-		var late atomic.Int64
-		n := count(8000, 2000)
-		tick := time.NewTicker(500 * time.Microsecond) // 2000 connections/s
-		defer tick.Stop()
-		for range n {
-			<-tick.C
-			d.wg.Add(1)
-			go func() {
-				defer d.wg.Done()
-				start := time.Now()
-				d.one("tcp", g.Addr().String())
-				if time.Since(start) > 100*time.Millisecond {
-					late.Add(1)
-				}
-			}()
-		}
-		d.end(t, false)
-		require.NoError(t, g.Close())
-		wg.Wait()
-		return 100 * float64(late.Load()) / float64(d.served.Load())
-	}
-	flow, load := share(SteerFlow), share(SteerLoad)
-	for range 2 { // a busy machine only adds to it
-		if load >= 0.5 {
-			t.Logf("%.2f %% by load: trying again", load)
-			load = share(SteerLoad)
-		}
-	}
-	t.Logf("waited longer than 100 ms: %.2f %% by the kernel's hash, %.2f %% by load", flow, load)
-	require.Less(t, load, 0.5)
-	require.Greater(t, flow, 2.0, "the stall must show by the hash")
-}
-
-// A member that doesn't accept stops getting connections within a sample, and
-// segments of strangers, which the program is run for too, change nothing.
-func TestStalledMemberIsAvoided(t *testing.T) {
-	needBPF(t)
-	noLeaks(t)
-	g, ls := newTestGroup(t, 4, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerLoad))
-	var wg sync.WaitGroup
-	var accepted atomic.Int64
-	for _, l := range ls[1:] {
-		wg.Add(1)
-		go echo(&wg, l, &accepted)
-	}
-	stray(t, g.Addr().(*net.TCPAddr), count(100_000, 1000))
-	var waiting []net.Conn
-	n := count(2000, 200)
-	for range n {
-		c := dialTest(t, g.Addr())
-		c.Write([]byte("x"))
-		c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-		if _, err := c.Read(make([]byte, 1)); err != nil {
-			waiting = append(waiting, c)
-			continue
-		}
-		c.Close()
-	}
-	queued := ls[0].Stats().Queued
-	t.Logf("%d of %d connections wait for the member that stalls", queued, n)
-	require.LessOrEqual(t, queued, n/20)
-	for _, l := range ls[1:] { // and the others share evenly
-		require.Greater(t, l.Stats().Accepted, uint64(n/3/8))
-	}
-	require.NoError(t, ls[0].Close())
-	for _, c := range waiting { // siblings inherit
-		c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
-		_, err := c.Read(make([]byte, 1))
-		require.NoError(t, err)
-		c.Close()
-	}
-	require.Eventually(t, func() bool { return !sampling(g) }, limit(5*time.Second), time.Millisecond, "it samples without traffic")
-	before := accepted.Load()
-	new(load).one("tcp", g.Addr().String())
-	require.Eventually(t, func() bool { return accepted.Load() > before }, limit(5*time.Second), time.Millisecond)
-	require.NoError(t, g.Close())
-	wg.Wait()
-}
-
 // A listener of go-reuseport, of the same user, and members of ours share an
 // address. A program's result that is no place in the kernel's group is the
 // kernel's hash.
@@ -422,33 +249,6 @@ func TestForeignMemberIsServed(t *testing.T) {
 	require.NoError(t, foreign.Close())
 	require.NoError(t, g.Close())
 	wg.Wait()
-}
-
-// stray sends segments that belong to no connection.
-func stray(t *testing.T, to *net.TCPAddr, n int) {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_TCP)
-	require.NoError(t, err)
-	defer unix.Close(fd)
-	for i := range n {
-		seg := make([]byte, 20)
-		binary.BigEndian.PutUint16(seg[0:], uint16(1024+i%60000))
-		binary.BigEndian.PutUint16(seg[2:], uint16(to.Port))
-		binary.BigEndian.PutUint32(seg[4:], uint32(i))
-		seg[12], seg[13] = 5<<4, []byte{0x10, 0x04}[i%2] // ACK, RST
-		// The checksum over the pseudo header: 127.0.0.1 twice, protocol, length.
-		sum := uint32(0x7f00) + 1 + 0x7f00 + 1 + unix.IPPROTO_TCP + 20
-		for j := 0; j < 20; j += 2 {
-			sum += uint32(binary.BigEndian.Uint16(seg[j:]))
-		}
-		for sum > 0xffff {
-			sum = sum>>16 + sum&0xffff
-		}
-		binary.BigEndian.PutUint16(seg[16:], ^uint16(sum))
-		if err := unix.Sendto(fd, seg, 0, &unix.SockaddrInet4{Addr: [4]byte(to.IP.To4())}); err != nil && err != unix.ENOBUFS {
-			require.NoError(t, err)
-		}
-	}
 }
 
 // Members join and leave while the kernel steers: nothing is lost, and one

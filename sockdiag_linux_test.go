@@ -1,10 +1,10 @@
 package lblisten
 
+// The parser of what the kernel says of who listens.
+
 import (
 	"encoding/binary"
 	"net"
-	"os"
-	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -66,36 +66,4 @@ func lastDiag(b []byte) int {
 		at += length
 	}
 	return -1
-}
-
-// FuzzLock: a lock file is taken for one only if it is, and what a hub writes
-// into one is read again, whatever an earlier one has left there.
-func FuzzLock(f *testing.F) {
-	for _, s := range []string{"", "lblisten handoff, processes:    1\n", "lblisten handoff, processes: 9999\n", "lblisten handoff, processes: 10000\n",
-		"lblisten handoff, processes:   -3\n", "lblisten handoff, processes: \n", "12345\n", "lblisten handoff, processes: 5\nmore"} {
-		f.Add([]byte(s), uint16(3))
-	}
-	path := filepath.Join(f.TempDir(), "lb.sock")
-	f.Fuzz(func(t *testing.T, b []byte, n uint16) {
-		require.NoError(t, os.WriteFile(lockPath(path), b, 0o600))
-		lock, err := openLock(path)
-		if err != nil {
-			require.ErrorContains(t, err, "is not the lock file of a handoff")
-			return
-		}
-		defer lock.Close()
-		if len(b) > 0 {
-			before, ours := readCount(lock)
-			require.True(t, ours)
-			require.LessOrEqual(t, before, 9999)
-		}
-		processes := int(n) % (handoffPeers + 1)
-		(&hub{lock: lock}).writeCount(processes)
-		got, ours := readCount(lock)
-		require.True(t, ours)
-		require.Equal(t, processes, got)
-		again, err := openLock(path)
-		require.NoError(t, err)
-		require.NoError(t, again.Close())
-	})
 }

@@ -1,12 +1,10 @@
 package lblisten
 
+// The look that is taken once a second.
+
 import (
-	"os"
-	"os/exec"
-	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -53,36 +51,4 @@ func TestKeepLooking(t *testing.T) {
 	stop()
 	require.True(t, idle())
 	t.Logf("%d began and ended", n)
-}
-
-// Another user's process can't join the group of an address, specific or not.
-func TestOtherUsersCannotJoin(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("being two users takes root")
-	}
-	noLeaks(t)
-	self := executable(t)
-	for _, address := range []string{"127.0.0.1:0", ":0"} {
-		ln, err := Listen("tcp", address, WithRequireKernel())
-		require.NoError(t, err)
-		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=joinThere", "LBLISTEN_TEST_ADDRESS="+ln.Addr().String(), "GORACE=atexit_sleep_ms=0")
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-		out, err := cmd.CombinedOutput()
-		require.NoError(t, err, "%s", out)
-		require.Equal(t, "address in use", strings.TrimSpace(string(out)))
-		require.NoError(t, ln.Close())
-	}
-}
-
-func joinThereWorker() {
-	ln, err := Listen("tcp", os.Getenv("LBLISTEN_TEST_ADDRESS"), WithLB())
-	switch {
-	case err == nil:
-		os.Stdout.WriteString("it joined " + ln.Addr().String())
-	case isAddrInUse(err):
-		os.Stdout.WriteString("address in use")
-	default:
-		os.Stdout.WriteString(err.Error())
-	}
 }

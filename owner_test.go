@@ -1,11 +1,11 @@
 package lblisten
 
+// What an Accept costs.
+
 import (
-	"fmt"
 	"net"
 	"runtime"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -32,47 +32,6 @@ func fill(tb testing.TB, ln net.Listener) (clients []net.Conn) {
 		clients = append(clients, c)
 	}
 	return clients
-}
-
-// BenchmarkAccept measures Accept from a queue that is never empty: time, bytes
-// and allocations for each connection.
-func BenchmarkAccept(b *testing.B) {
-	for _, a := range accepters {
-		b.Run(a.name, func(b *testing.B) {
-			ln, err := a.listen()
-			if err != nil {
-				b.Skip(err)
-			}
-			defer ln.Close()
-			b.ReportAllocs()
-			conns := make([]net.Conn, 0, prefill)
-			for left := b.N; left > 0; left -= prefill {
-				b.StopTimer()
-				clients := fill(b, ln)
-				n := min(left, prefill)
-				b.StartTimer()
-				for range n {
-					c, err := ln.Accept()
-					if err != nil {
-						b.Fatal(err)
-					}
-					conns = append(conns, c)
-				}
-				b.StopTimer()
-				for range prefill - n {
-					c, err := ln.Accept()
-					require.NoError(b, err)
-					conns = append(conns, c)
-				}
-				for i := range conns {
-					clients[i].Close()
-					conns[i].Close()
-				}
-				conns = conns[:0]
-				b.StartTimer()
-			}
-		})
-	}
 }
 
 // Accept allocates what net's Accept does, and adds no goroutine: five listeners
@@ -129,41 +88,42 @@ func TestAcceptAddsNoAllocationAndNoGoroutine(t *testing.T) {
 	}
 }
 
-// A readyListener accepts at once, without a system call.
-type readyListener struct {
-	c net.Conn
-}
-
-func (l *readyListener) Accept() (net.Conn, error) { return l.c, nil }
-func (l *readyListener) Close() error              { return nil }
-func (l *readyListener) Addr() net.Addr            { return l.c.LocalAddr() }
-
-func (l *readyListener) SetDeadline(time.Time) error { return nil }
-
-// BenchmarkDispatchOverhead measures what the dispatcher adds to the Accept of
-// the listener under it.
-func BenchmarkDispatchOverhead(b *testing.B) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(b, err)
-	defer ln.Close()
-	client := dialTest(b, ln.Addr())
-	ready := &readyListener{c: client}
-	b.Run("listener", func(b *testing.B) {
-		b.ReportAllocs()
-		for range b.N {
-			ready.Accept()
-		}
-	})
-	for _, n := range []int{1, 4} {
-		b.Run(fmt.Sprint(n, " members"), func(b *testing.B) {
-			g, err := Dispatch(ready, n)
-			require.NoError(b, err)
-			defer g.Close()
-			l := g.Listeners()[0]
+// BenchmarkAccept measures Accept from a queue that is never empty: time, bytes
+// and allocations for each connection.
+func BenchmarkAccept(b *testing.B) {
+	for _, a := range accepters {
+		b.Run(a.name, func(b *testing.B) {
+			ln, err := a.listen()
+			if err != nil {
+				b.Skip(err)
+			}
+			defer ln.Close()
 			b.ReportAllocs()
-			b.ResetTimer()
-			for range b.N {
-				l.Accept()
+			conns := make([]net.Conn, 0, prefill)
+			for left := b.N; left > 0; left -= prefill {
+				b.StopTimer()
+				clients := fill(b, ln)
+				n := min(left, prefill)
+				b.StartTimer()
+				for range n {
+					c, err := ln.Accept()
+					if err != nil {
+						b.Fatal(err)
+					}
+					conns = append(conns, c)
+				}
+				b.StopTimer()
+				for range prefill - n {
+					c, err := ln.Accept()
+					require.NoError(b, err)
+					conns = append(conns, c)
+				}
+				for i := range conns {
+					clients[i].Close()
+					conns[i].Close()
+				}
+				conns = conns[:0]
+				b.StartTimer()
 			}
 		})
 	}

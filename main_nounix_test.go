@@ -2,12 +2,14 @@
 
 package lblisten
 
-import "strings"
+import (
+	"strings"
+)
 
 // openDescriptors isn't known here.
 func openDescriptors() int { return 0 }
 
+func isRefused(err error) bool { return err != nil && strings.Contains(err.Error(), "refused") }
+
 // passingErrors are what Accept fails with for now.
 var passingErrors = []error{outOfFiles{}}
-
-func isRefused(err error) bool { return err != nil && strings.Contains(err.Error(), "refused") }
