@@ -43,6 +43,23 @@ var migrateProgram = []insn{
 	{op: opExit},
 }
 
+// mayUseBPF tells whether the process has the capability that bpf(2) takes for what
+// this package loads: CAP_BPF, from Linux 5.8, or CAP_SYS_ADMIN. It is asked before,
+// because a filter of system calls may kill a process that calls bpf(2): systemd's
+// SystemCallFilter=@system-service does.
+func mayUseBPF() bool {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&hdr, &data[0]) != nil {
+		return false
+	}
+	has := func(c int) bool { return data[c/32].Effective&(1<<(c%32)) != 0 }
+	return has(unix.CAP_BPF) || has(unix.CAP_SYS_ADMIN)
+}
+
+// errNoCapability is what bpf(2) would say.
+var errNoCapability error = unix.EPERM
+
 // license is that of the programs, for the kernel.
 var license = []byte("MIT\x00")
 
@@ -123,9 +140,9 @@ func attachProgram(socket, program int) error {
 }
 
 // migration is the migrating program of this process. It is loaded once and
-// shared by all groups; the last one closes it.
+// shared by all addresses; the last one closes it.
 var migration struct {
-	mu    sync.Mutex
+	mu    sync.Mutex // guards what follows, also over bpf(2), which doesn't wait for anybody; a leaf
 	users int
 	fd    int   // of the program, while there are users
 	never error // this kernel can't load it, and never will
@@ -141,7 +158,10 @@ func useMigration(socket int) error {
 		return m.never
 	}
 	if m.users == 0 {
-		fd, err := loadProgram(migrateProgram)
+		fd, err := -1, errNoCapability
+		if mayUseBPF() {
+			fd, err = loadProgram(migrateProgram)
+		}
 		switch {
 		case errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EACCES):
 			// Not known to this kernel; a filter of system calls can't be taken off either.
@@ -184,15 +204,26 @@ func usePinned(socket int, path string) error {
 	return nil
 }
 
-// reattachMigration puts the migrating program in force again.
-func reattachMigration(socket int) error {
-	m := &migration
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.users == 0 {
-		return errors.New("it isn't loaded")
+// detachProgram takes the program off the group of a socket. It fails if there is
+// none.
+func detachProgram(fd uintptr) error {
+	return os.NewSyscallError("setsockopt SO_DETACH_REUSEPORT_BPF",
+		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0))
+}
+
+// attachClassic attaches the program that chooses by source between the places of the
+// kernel's group.
+func attachClassic(socket, places int) error {
+	program, err := cbpf.Assemble(classicProgram(places))
+	if err != nil {
+		return fmt.Errorf("assembling a program for %d sockets: %w", places, err)
 	}
-	return attachProgram(socket, m.fd)
+	code := make([]unix.SockFilter, len(program))
+	for i, in := range program {
+		code[i] = unix.SockFilter{Code: in.Op, Jt: in.Jt, Jf: in.Jf, K: in.K}
+	}
+	return os.NewSyscallError("setsockopt SO_ATTACH_REUSEPORT_CBPF", unix.SetsockoptSockFprog(socket, unix.SOL_SOCKET,
+		unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}))
 }
 
 // createMap makes a map with keys of four bytes.
@@ -221,7 +252,7 @@ func updateMap(fd int, key uint32, value uint64) error {
 // the hash, the slot of the socket that is first in rank, and in its other half
 // that of the second.
 const (
-	tableSlots   = 1024 // sockets
+	tableSlots   = steeredMost // sockets
 	tableBuckets = 1024
 	tableSize    = 2 * 4 * tableBuckets
 	stateTable   = 0
@@ -354,38 +385,29 @@ func steerProgram(s Steering, array, state int) []insn {
 	return append(p, insn{op: opMov, dst: r0, imm: skPass}, insn{op: opExit})
 }
 
-// classicProgram chooses, at random or by the source address, between the
-// sockets whose places in the kernel's group are live. It returns a place; one
-// that no socket has means the kernel's hash.
-func classicProgram(s Steering, live []int) []cbpf.Instruction {
+// classicProgram chooses by the source address between the places of the kernel's
+// group. Which socket has which doesn't matter, as long as all are this process's.
+func classicProgram(places int) []cbpf.Instruction {
 	const (
 		net = 0xfff00000 // SKF_NET_OFF: from the network header; what comes before is the segment's payload
 		k   = 0x9e3779b1
 	)
-	var p []cbpf.Instruction
-	if s == SteerSource {
-		v6 := []cbpf.Instruction{cbpf.LoadAbsolute{Off: net + 8, Size: 4}}
-		for _, off := range []uint32{12, 16, 20} {
-			v6 = append(v6, cbpf.TAX{}, cbpf.LoadAbsolute{Off: net + off, Size: 4}, cbpf.ALUOpX{Op: cbpf.ALUOpXor})
-		}
-		p = append(p,
-			cbpf.LoadAbsolute{Off: net, Size: 1}, // version and header length
-			cbpf.ALUOpConstant{Op: cbpf.ALUOpShiftRight, Val: 4},
-			cbpf.JumpIf{Cond: cbpf.JumpEqual, Val: 6, SkipTrue: 2},
-			cbpf.LoadAbsolute{Off: net + 12, Size: 4},
-			cbpf.Jump{Skip: uint32(len(v6))},
-		)
-		p = append(p, v6...)
-		p = append(p, cbpf.ALUOpConstant{Op: cbpf.ALUOpMul, Val: k}, cbpf.ALUOpConstant{Op: cbpf.ALUOpShiftRight, Val: 16})
-	} else {
-		p = append(p, cbpf.LoadExtension{Num: cbpf.ExtRand})
+	v6 := []cbpf.Instruction{cbpf.LoadAbsolute{Off: net + 8, Size: 4}}
+	for _, off := range []uint32{12, 16, 20} {
+		v6 = append(v6, cbpf.TAX{}, cbpf.LoadAbsolute{Off: net + off, Size: 4}, cbpf.ALUOpX{Op: cbpf.ALUOpXor})
 	}
-	p = append(p, cbpf.ALUOpConstant{Op: cbpf.ALUOpMod, Val: uint32(len(live))})
-	// The rest turns a number below len(live) into a place, where they differ.
-	for i, place := range live {
-		if i != place {
-			p = append(p, cbpf.JumpIf{Cond: cbpf.JumpEqual, Val: uint32(i), SkipFalse: 1}, cbpf.RetConstant{Val: uint32(place)})
-		}
+	p := []cbpf.Instruction{
+		cbpf.LoadAbsolute{Off: net, Size: 1}, // version and header length
+		cbpf.ALUOpConstant{Op: cbpf.ALUOpShiftRight, Val: 4},
+		cbpf.JumpIf{Cond: cbpf.JumpEqual, Val: 6, SkipTrue: 2},
+		cbpf.LoadAbsolute{Off: net + 12, Size: 4},
+		cbpf.Jump{Skip: uint32(len(v6))},
 	}
-	return append(p, cbpf.RetA{})
+	p = append(p, v6...)
+	return append(p,
+		cbpf.ALUOpConstant{Op: cbpf.ALUOpMul, Val: k},
+		cbpf.ALUOpConstant{Op: cbpf.ALUOpShiftRight, Val: 16},
+		cbpf.ALUOpConstant{Op: cbpf.ALUOpMod, Val: uint32(places)},
+		cbpf.RetA{},
+	)
 }

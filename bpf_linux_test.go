@@ -55,31 +55,32 @@ func header6(src net.IP) []byte {
 	return b
 }
 
-// The classic program gives each source one live place and uses all of them.
+// The classic program gives each source one place and uses all of them.
 func TestClassicProgram(t *testing.T) {
-	for _, live := range [][]int{{0}, {0, 1, 2, 3}, {1, 3, 4}, {7, 0, 5, 2, 9}} {
-		vm := inMachine(t, classicProgram(SteerSource, live))
+	for _, places := range []int{1, 4, 5, 100} {
+		vm := inMachine(t, classicProgram(places))
 		got := make(map[int]int)
 		for i := range 200 {
 			for _, packet := range [][]byte{header4(net.IPv4(192, 0, 2, byte(i))), header6(net.ParseIP(fmt.Sprintf("2001:db8::%x", i+1)))} {
 				place, err := vm.Run(packet)
 				require.NoError(t, err)
-				require.Contains(t, live, place)
+				require.Less(t, place, places)
 				again, err := vm.Run(packet)
 				require.NoError(t, err)
 				require.Equal(t, place, again)
 				got[place]++
 			}
 		}
-		require.Len(t, got, len(live))
+		require.Greater(t, len(got), places*9/10, "of %d places", places)
 	}
-	_, err := cbpf.Assemble(classicProgram(SteerFlow, make([]int, 1000)))
-	require.NoError(t, err)
 }
 
 // What kernels say that lack the feature, or refuse it: the probe fails cleanly,
 // is repeated only if that can help, and everything inside the process works.
 func TestProbeOfOtherKernels(t *testing.T) {
+	if !mayUseBPF() {
+		t.Skip("without CAP_BPF nothing is probed: TestNoBPFWithoutCapability")
+	}
 	noLeaks(t)
 	for _, c := range []struct {
 		errno  error
@@ -106,6 +107,28 @@ func TestProbeOfOtherKernels(t *testing.T) {
 		}
 		require.Equal(t, c.probes, probes.Load(), "%v", c.errno)
 	}
+}
+
+// Without the capability bpf(2) isn't called at all, by any mode, whatever becomes of
+// the members: a filter may kill a process for it. TestKilledForBPF tries that.
+func TestNoBPFWithoutCapability(t *testing.T) {
+	if mayUseBPF() {
+		t.Skip("this process has CAP_BPF: TestUnprivileged runs it")
+	}
+	noLeaks(t)
+	calls := failBPF(t, unix.EPERM)
+	for _, opt := range []Option{WithRequireKernel(), WithSteering(SteerSource), WithDispatcher()} {
+		g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", opt)
+		require.NoError(t, ls[0].Close())
+		if g.Info().Balancer == BalancerKernel {
+			lookNow(g)
+			require.ErrorIs(t, g.Info().Reason, unix.EPERM)
+			require.ErrorContains(t, g.Info().Reason, "CAP_BPF")
+		}
+		joinTest(t, ls[1], opt)
+		require.NoError(t, g.Close())
+	}
+	require.Zero(t, calls.Load())
 }
 
 // A pinned program that isn't there, or is something else, is an error that
@@ -141,22 +164,18 @@ func TestPinnedProgramDoesNotReplaceSteering(t *testing.T) {
 	}
 }
 
-// A pinned program that a later member brings stays in force: what steers closed
-// members' sockets away would replace it, and then leave nothing.
+// A pinned program that a later member brings stays in force when members close.
 func TestPinnedProgramOfALaterMemberStays(t *testing.T) {
 	needBPF(t)
 	noLeaks(t)
 	path := pin(t)
 	g, ls := newTestGroup(t, 3, "tcp", "127.0.0.1:0", WithRequireKernel())
 	require.NoError(t, ls[2].Close())
-	lookNow(g)
-	require.True(t, steersByProgram(g), "the socket of the closed member is steered away")
 	later, err := Listen("tcp", g.Addr().String(), WithPinnedProgram(path)) // adopts it
 	require.NoError(t, err)
 	require.NoError(t, ls[1].Close())
 	lookNow(g)
-	require.False(t, steersByProgram(g), "a program has replaced the pinned one")
-	require.NotZero(t, g.Info().OnKill&InheritKernel)
+	require.Equal(t, pinned, g.a.k.has, "a program has replaced the pinned one")
 	require.NoError(t, later.Close())
 }
 
@@ -183,7 +202,7 @@ func TestPinnedProgramWhereBPFIsForbidden(t *testing.T) {
 			require.ErrorContains(t, err, path)
 			require.ErrorContains(t, err, " 127.0.0.1:")
 			require.Equal(t, 2, ls[0].Info().Members)
-			require.NotZero(t, ls[0].Info().OnKill&InheritKernel)
+			require.True(t, migrates(g))
 		}
 	}
 	require.NoError(t, ls[1].Close())
@@ -407,15 +426,17 @@ func roundsWorker() {
 	a := startHolder("127.0.0.1:0")
 	a.say("accept")
 	d := startLoad(32, "tcp", a.Address)
+	var last holderInfo // of a process that isn't alone
 	for range 20 {
 		b := startHolder(a.Address)
+		last = b.holderInfo
 		time.Sleep(100 * time.Millisecond)
 		check(b.cmd.Process.Kill())
 		b.cmd.Wait()
 	}
 	d.stop.Store(true)
 	d.wg.Wait()
-	o := outcome{Info: a.holderInfo, Served: int(d.served.Load()), Lost: int(d.failed.Load())}
+	o := outcome{Info: last, Served: int(d.served.Load()), Lost: int(d.failed.Load())}
 	o.Connections = o.Served + o.Lost
 	a.in.Close()
 	a.cmd.Wait()

@@ -49,7 +49,6 @@ func TestDispatchStress(t *testing.T) {
 			for _, members := range []int{1, 2, 4} {
 				t.Run(fmt.Sprintf("%s, %v, %d", listener, s, members), func(t *testing.T) {
 					noLeaks(t)
-					defer setRetryAfter(5 * time.Millisecond)()
 					soakRounds(t, limit(100*time.Millisecond), 18, func(seed uint64) {
 						a := newAcceptor()
 						var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
@@ -204,7 +203,6 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 		for _, s := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 			t.Run(listener+", "+s.String(), func(t *testing.T) {
 				noLeaks(t)
-				defer setRetryAfter(time.Hour)()
 				a := newAcceptor()
 				var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
 				if listener == "uninterruptible" {
@@ -310,7 +308,6 @@ func TestDispatchNothingAfterTheEnd(t *testing.T) {
 // The same on a socket, where members join too.
 func TestDispatchStressOnSocket(t *testing.T) {
 	noLeaks(t)
-	defer setRetryAfter(time.Hour)()
 	for _, steering := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 		t.Run(steering.String(), func(t *testing.T) {
 			var sum totals

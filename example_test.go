@@ -233,12 +233,14 @@ func ExampleListener_Info() {
 	fmt.Println("balancer:", info.Balancer)
 	fmt.Println("steering:", info.Steering)
 	fmt.Println("if it closed:", info.OnClose)
-	fmt.Println("because:", info.Reason)
+	fmt.Println("if it were killed:", info.OnKill)
+	fmt.Println("something is missing:", info.Reason != nil)
 	// Output:
 	// balancer: dispatcher
 	// steering: flow
 	// if it closed: none
-	// because: the dispatcher was asked for
+	// if it were killed: none
+	// something is missing: true
 }
 
 func ExampleListener_Stats() {
@@ -402,6 +404,6 @@ func ExampleWithLogger() {
 		return
 	}
 	defer ln.Close()
-	fmt.Println(strings.Contains(out.String(), "dispatcher"))
+	fmt.Println(strings.Contains(out.String(), "members joined"))
 	// Output: true
 }

@@ -401,7 +401,6 @@ func (o *oracle) drain() {
 // Accept after Close, and after the deadline also if a connection waits, fails as
 // net's does; the counters add up; after the last Close nothing is left.
 func FuzzOperations(f *testing.F) {
-	defer setRetryAfter(time.Hour)()
 	const dial, accept, join, end, endGroup, past, soon, clear, reset, look, drain = 0, 3, 6, 7, 9, 10, 11, 12, 13, 14, 15
 	second := func(b byte) byte { return 1<<4 | b }
 	third := func(b byte) byte { return 2<<4 | b }

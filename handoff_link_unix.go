@@ -42,7 +42,7 @@ func (h *handoff) run() {
 			var own *hub
 			if own, err = startHub(h.path, h.process); err == nil {
 				h.own.Store(own)
-				log(h.log, "this process is the hub of the handoff", "path", h.path)
+				log(h.log, routine, "this process is the hub of the handoff", "path", h.path)
 			} else if err != errLocked {
 				h.fail(err)
 			}
@@ -150,7 +150,7 @@ func (h *handoff) session() (synced bool, err error) {
 		f, d, err := w.read(silentAfter)
 		if err == nil {
 			if err = h.hear(w, f, d); err != nil && !isShortage(err) {
-				log(h.log, "a descriptor of the handoff was refused", "path", h.path, "reason", err)
+				log(h.log, trouble, "a descriptor of the handoff was refused", "path", h.path, "reason", err)
 				err = nil
 			}
 		}
@@ -161,7 +161,7 @@ func (h *handoff) session() (synced bool, err error) {
 		synced := h.synced
 		h.mu.Unlock()
 		if synced && h.quit.Err() == nil {
-			log(h.log, "the hub of the handoff is gone; until another answers, this process serves all sockets", "path", h.path, "reason", err)
+			log(h.log, trouble, "the hub of the handoff is gone; until another answers, this process serves all sockets", "path", h.path, "reason", err)
 		}
 		h.fail(err)
 		return synced, err
@@ -197,7 +197,7 @@ func (h *handoff) greet(w *wire) error {
 		p.owner = processID{} // unless the hub says so again
 		p.isKept = true       // unless the hub wants it
 	}
-	for at := range h.groups { // first of all: no process may think that it is the last one there
+	for at := range h.addresses { // first of all: no process may think that it is the last one there
 		w.send(frame{kind: frameOn, at: at}, nil)
 	}
 	known := 0

@@ -122,7 +122,8 @@ func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)
 	left, err := lc.Listen(context.Background(), "tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
 	t.Cleanup(func() { left.Close() })
-	at = place{"tcp4", "127.0.0.1", left.Addr().(*net.TCPAddr).Port}
+	at, _, err = resolved("tcp4", left.Addr().String())
+	require.NoError(t, err)
 	conn, err := left.(*net.TCPListener).SyscallConn()
 	require.NoError(t, err)
 	return left, at, func(p rawPeer) {
@@ -538,7 +539,7 @@ func TestHandoffPeerThatStopsReading(t *testing.T) {
 	p.expect(frameHello)
 	p.send(frame{kind: frameSynced}, nil)
 	p.expect(frameSynced)
-	at, _, err := resolve(context.Background(), "tcp", ln.Addr().String())
+	at, _, err := resolved("tcp", ln.Addr().String())
 	require.NoError(t, err)
 	p.send(frame{kind: frameOn, n: 5, at: at}, nil)
 	p.expect(frameReply)

@@ -9,7 +9,6 @@ package lblisten
 import (
 	"context"
 	"log/slog"
-	"net"
 	"syscall"
 )
 
@@ -26,14 +25,14 @@ type (
 func openHandoff(path string, log *slog.Logger) (*handoff, error) { return nil, ErrUnsupported }
 
 func (h *handoff) close()                                    {}
-func (h *handoff) enter(ctx context.Context, g *group)       {}
-func (h *handoff) leave(g *group) (others bool)              { return false }
+func (h *handoff) enter(ctx context.Context, a *address)     {}
+func (h *handoff) leave(a *address) (others bool)            { return false }
 func (h *handoff) bound(p *pooled, at place)                 {}
 func (h *handoff) withdraw(p *pooled)                        {}
 func (h *handoff) claim(ctx context.Context, p *pooled) bool { return false }
 func (h *handoff) giveBack(p *pooled)                        {}
 func (h *handoff) state(at place) error                      { return ErrUnsupported }
-func (h *handoff) find(g *group) (net.Listener, error)       { return nil, ErrUnsupported }
-func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at place) (*pooled, error) {
+func (h *handoff) find(a *address) (*socket, error)          { return nil, ErrUnsupported }
+func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at place) (*pooled, error) {
 	return nil, ErrUnsupported
 }

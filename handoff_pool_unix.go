@@ -28,23 +28,23 @@ type pooled struct {
 	balanced bool   // it is one of the kernel's group
 
 	// What follows is guarded by handoff.mu.
-	at     place // the address of its group; port 0 until it is known
-	role   role  // what it is to this process
+	at     place    // the address of its group; port 0 until it is known
+	role   poolRole // what it is to this process
 	owner  processID
 	fresh  bool          // it came while the hub had not told everything yet
 	kept   chan struct{} // closed when the others have it, for who waits for that
 	isKept bool          // they have it, as far as is known
 }
 
-// A role is what a socket of the pool is to this process. Only balanced ones are
+// A poolRole is what a socket of the pool is to this process. Only balanced ones are
 // owned or shared, because the dispatcher of a group has one socket for all.
-type role byte
+type poolRole byte
 
 const (
-	roleNone    role = iota // left alone: another process accepts from it, or no group of it is here
-	roleOwned               // this process accepts from it, or what a member of it left is shared here
-	roleShared              // this process shares it, because nobody is known to accept from it
-	roleRefused             // left alone for good: it is not what it is said to be
+	roleNone    poolRole = iota // left alone: another process accepts from it, or no group of it is here
+	roleOwned                   // this process accepts from it, or what a member of it left is shared here
+	roleShared                  // this process shares it, because nobody is known to accept from it
+	roleRefused                 // left alone for good: it is not what it is said to be
 )
 
 // ownLocked: a member of this process accepts from the socket from here on.
@@ -106,26 +106,24 @@ func (p *pooled) keepLocked() {
 // if it has left.
 type step struct {
 	p *pooled
-	g *group
+	a *address
 }
 
 // settle shares with its group what nobody is known to accept from, and takes
 // back what somebody does.
 func (h *handoff) settle() {
-	for _, say := range h.apply() {
-		say()
-	}
+	writeNotes(h.apply())
 }
 
 // apply does what settle is to do. It returns what is to be logged, which is done
 // without a lock, because a logger is the user's code.
-func (h *handoff) apply() (logs []func()) {
+func (h *handoff) apply() (logs []note) {
 	h.applying.Lock()
 	defer h.applying.Unlock()
 	share, back := h.stepsLocked()
 	for _, s := range back {
-		if s.g != nil {
-			s.g.takeBack(s.p)
+		if s.a != nil {
+			s.a.takeBack(s.p)
 		}
 	}
 	for _, s := range share {
@@ -142,12 +140,12 @@ func (h *handoff) stepsLocked() (share, back []step) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range h.dropped {
-		back = append(back, step{p, h.groups[p.at]})
+		back = append(back, step{p, h.addresses[p.at]})
 	}
 	h.dropped = nil
 	for _, p := range h.sockets {
-		g := h.groups[p.at]
-		if g == nil || p.role == roleOwned || p.role == roleRefused || !p.balanced || g.d != nil {
+		a := h.addresses[p.at]
+		if a == nil || p.role == roleOwned || p.role == roleRefused || !p.balanced || a.d != nil {
 			continue
 		}
 		if p.fresh && h.w != nil {
@@ -158,9 +156,9 @@ func (h *handoff) stepsLocked() (share, back []step) {
 		case free && p.role == roleNone && listens(p.d):
 			p.shareLocked()
 			p.d.hold()
-			share = append(share, step{p, g})
+			share = append(share, step{p, a})
 		case !free && p.unshareLocked():
-			back = append(back, step{p, g})
+			back = append(back, step{p, a})
 		}
 	}
 	return share, back
@@ -169,15 +167,15 @@ func (h *handoff) stepsLocked() (share, back []step) {
 // takeLocked has a group share a socket. It returns what is to be logged of it. The
 // lock is applying.
 func (h *handoff) takeLocked(s step) (say func()) {
-	sock, err := h.open(s.p, s.g)
+	sock, err := h.open(s.p, s.a)
 	s.p.d.release()
 	if err == nil {
-		if !s.g.inherit(sock) {
+		if !s.a.inherit(sock) {
 			sock.ln.Close() // the group ends, and leaves the pool
 			return nil
 		}
 		return func() {
-			log(s.g.log, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.g.at)
+			log(s.a.log, news, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.a.at)
 		}
 	}
 	h.mu.Lock()
@@ -190,38 +188,41 @@ func (h *handoff) takeLocked(s step) (say func()) {
 		time.AfterFunc(retryAfter, h.change)
 	}
 	return func() {
-		log(s.g.log, "a socket of the handoff can't be used", "path", h.path, "address", s.g.at, "reason", err)
+		log(s.a.log, trouble, "a socket of the handoff can't be used", "path", h.path, "address", s.a.at, "reason", err)
 	}
 }
 
 // open makes a listening socket of a group out of one of the pool, after
 // checking that it is what it is said to be.
-func (h *handoff) open(p *pooled, g *group) (*socket, error) {
-	if err := checkSocket(p, g); err != nil {
+func (h *handoff) open(p *pooled, a *address) (*socket, error) {
+	if err := checkSocket(p, a); err != nil {
 		return nil, err
 	}
 	ln, err := listenerOf(p.d)
 	if err != nil {
 		return nil, err
 	}
-	tcp, ok := ln.(*net.TCPListener)
-	if !ok {
+	if _, ok := ln.(*net.TCPListener); !ok {
 		ln.Close()
 		return nil, fmt.Errorf("a %T, want TCP", ln)
 	}
-	s := &socket{ln: tcp, net: p.sub, pooled: p, received: true, restore: restoreKeepAlive(g.lc)}
-	s.conn, err = tcp.SyscallConn()
-	return s, err
+	s, err := newSocket(ln, p.sub, p)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	s.received = true
+	return s, nil
 }
 
 // checkSocket checks that a socket of the pool listens on the address of a
 // group, in its way.
-func checkSocket(p *pooled, g *group) error {
+func checkSocket(p *pooled, a *address) error {
 	sa, err := unix.Getsockname(p.d.fd)
 	if err != nil {
 		return os.NewSyscallError("getsockname", err)
 	}
-	split := g.at.split()
+	split := a.at.split()
 	i := slices.IndexFunc(split, func(at place) bool { return at.network == p.sub })
 	if i < 0 {
 		return fmt.Errorf("a socket for network %q", p.sub)
@@ -250,11 +251,27 @@ func checkSocket(p *pooled, g *group) error {
 	default:
 		return wrong
 	}
+	if err := checkFacts(uintptr(p.d.fd), a.at); err != nil {
+		return err
+	}
 	if p.balanced && !isBalanced(uintptr(p.d.fd)) {
 		return errors.New("a socket that the kernel doesn't balance")
 	}
 	if !listens(p.d) {
 		return errors.New("a socket that doesn't listen")
+	}
+	return nil
+}
+
+// checkFacts checks that a socket is in the network namespace of a place, if that
+// has one, and bound to the same device. IPV6_V6ONLY belongs to the address.
+func checkFacts(fd uintptr, at place) error {
+	is := factsOf(fd)
+	switch {
+	case at.space != 0 && is.space != at.space:
+		return errors.New("a socket of another network namespace")
+	case !at.isFile() && is.device != at.device:
+		return errors.New("a socket that is bound to another device")
 	}
 	return nil
 }

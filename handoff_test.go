@@ -544,7 +544,7 @@ func TestHandoffLog(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		return text.Write(b)
-	}), nil))
+	}), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	path := handoffPath(t)
 	_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithHandoff(path), WithLogger(logger))
 	require.True(t, says("a socket is deposited")())
@@ -554,7 +554,7 @@ func TestHandoffLog(t *testing.T) {
 	require.Eventually(t, says("this process serves a socket that nobody else is known to accept from"), limit(5*time.Second), time.Millisecond)
 	require.NoError(t, joinTest(t, ls[0], WithHandoff(path), WithLogger(logger)).Close())
 	require.True(t, says("a new member adopted the socket")())
-	require.True(t, says("siblings inherit the socket of a closed member")())
+	require.True(t, says("members left, siblings have their sockets")())
 	require.True(t, says("address="+ls[0].Addr().String())())
 }
 
@@ -572,7 +572,7 @@ func TestHandoffLogOfARefusal(t *testing.T) {
 			lines[what] += strings.Count(string(b), what)
 		}
 		return len(b), nil
-	}), nil))
+	}), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	newTestGroup(t, 3, "tcp4", "127.0.0.1:0", WithHandoff(handoffPath(t)), WithLogger(logger))
 	mu.Lock()
 	defer mu.Unlock()

@@ -25,7 +25,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -60,20 +59,20 @@ type handoff struct {
 	// mu guards what follows, and of each pooled what changes. It comes after
 	// group.mu. Nothing waits and nothing is logged under it, and only wire.mu is
 	// taken. Functions that end in Locked are called with it, if they name no other.
-	mu      sync.Mutex
-	w       *wire // to the hub; nil without one
-	hub     processID
-	synced  bool // the hub has told everything
-	alone   bool // the hub was lost, and no other has told everything yet
-	lost    time.Time
-	why     error         // why it is not synced
-	turn    chan struct{} // closed when synced, w or why changes
-	sockets map[socketID]*pooled
-	dropped []*pooled // that were shared, and have to be taken back
-	groups  map[place]*group
-	peers   map[place]int // processes that listen there, this one included
-	answers map[uint32]func(ok, answered bool)
-	lastN   uint32
+	mu        sync.Mutex
+	w         *wire // to the hub; nil without one
+	hub       processID
+	synced    bool // the hub has told everything
+	alone     bool // the hub was lost, and no other has told everything yet
+	lost      time.Time
+	why       error         // why it is not synced
+	turn      chan struct{} // closed when synced, w or why changes
+	sockets   map[socketID]*pooled
+	dropped   []*pooled // that were shared, and have to be taken back
+	addresses map[place]*address
+	peers     map[place]int // processes that listen there, this one included
+	answers   map[uint32]func(ok, answered bool)
+	lastN     uint32
 }
 
 // openHandoff returns the handoff of a path, and a use of it.
@@ -96,7 +95,7 @@ func openHandoff(path string, log *slog.Logger) (*handoff, error) {
 func newHandoff(path string, log *slog.Logger) *handoff {
 	h := &handoff{path: path, process: newID(), log: log, lost: time.Now(), why: errors.New("the hub has not answered yet"),
 		ended: make(chan struct{}), changed: make(chan struct{}, 1), turn: make(chan struct{}),
-		sockets: make(map[socketID]*pooled), groups: make(map[place]*group), peers: make(map[place]int),
+		sockets: make(map[socketID]*pooled), addresses: make(map[place]*address), peers: make(map[place]int),
 		answers: make(map[uint32]func(ok, answered bool))}
 	h.quit, h.stop = context.WithCancel(context.Background())
 	go h.run()
@@ -124,54 +123,55 @@ func (h *handoff) end() {
 
 // enter puts a group into the pool: from here on it shares what nobody accepts
 // from, and its processes know of each other. It waits until the hub has told
-// everything, but not for long.
-func (h *handoff) enter(ctx context.Context, g *group) {
+// everything, but not for long. It is called with the turn, as are leave, deposit and
+// find.
+func (h *handoff) enter(ctx context.Context, a *address) {
 	h.mu.Lock()
-	h.groups[g.at] = g
+	h.addresses[a.at] = a
 	h.mu.Unlock()
-	if _, err := h.exchange(ctx, frame{kind: frameOn, at: g.at}); err != nil {
-		log(g.log, "the handoff goes on in the background", "path", h.path, "reason", err)
+	if _, err := h.exchange(ctx, frame{kind: frameOn, at: a.at}); err != nil {
+		a.note(a.log, trouble, "the handoff goes on in the background", "path", h.path, "reason", err)
 	}
-	h.settle()
+	a.notes = append(a.notes, h.apply()...)
 }
 
 // leave takes a group that ends out of the pool: its sockets are anybody's. It
 // returns true if another process listens on its address.
-func (h *handoff) leave(g *group) (others bool) {
+func (h *handoff) leave(a *address) (others bool) {
 	h.mu.Lock()
-	if h.groups[g.at] != g {
+	if h.addresses[a.at] != a {
 		h.mu.Unlock()
 		return false
 	}
-	delete(h.groups, g.at)
+	delete(h.addresses, a.at)
 	for _, p := range h.sockets {
-		if p.at == g.at {
+		if p.at == a.at {
 			p.disownLocked()
 			p.unshareLocked()
 		}
 	}
 	h.mu.Unlock()
-	others, err := h.exchange(context.Background(), frame{kind: frameOff, at: g.at})
+	others, err := h.exchange(context.Background(), frame{kind: frameOff, at: a.at})
 	if err != nil {
 		// A hub that is slow to answer believes what it was told when it was greeted.
 		h.mu.Lock()
 		if h.w != nil {
-			h.w.send(frame{kind: frameOff, at: g.at}, nil)
+			h.w.send(frame{kind: frameOff, at: a.at}, nil)
 		}
 		h.mu.Unlock()
-		log(g.log, "nobody could be told that this process leaves its sockets", "path", h.path, "address", g.at, "reason", err)
+		a.note(a.log, trouble, "nobody could be told that this process leaves its sockets", "path", h.path, "address", a.at, "reason", err)
 		return true // who knows
 	}
 	if others {
-		log(g.log, "other processes inherit the sockets of this one", "path", h.path, "address", g.at)
+		a.note(a.log, news, "other processes inherit the sockets of this one", "path", h.path, "address", a.at)
 	}
 	return others
 }
 
 // deposit puts a new socket into the pool, before it is bound, and returns when
 // the others have it, or can't be waited for. The error is one of this process.
-func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at place) (*pooled, error) {
-	p := &pooled{id: newID(), at: g.at, sub: at.network, balanced: g.d == nil, kept: make(chan struct{})}
+func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at place) (*pooled, error) {
+	p := &pooled{id: newID(), at: a.at, sub: at.network, balanced: a.d == nil, kept: make(chan struct{})}
 	if p.balanced {
 		p.ownLocked() // nobody else knows of it yet
 	}
@@ -193,9 +193,9 @@ func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, g *group, at p
 	}
 	h.mu.Unlock()
 	if err != nil {
-		log(g.log, "a socket is not deposited yet", "path", h.path, "address", g.at, "reason", err)
+		a.note(a.log, trouble, "a socket is not deposited yet", "path", h.path, "address", a.at, "reason", err)
 	} else {
-		log(g.log, "a socket is deposited", "path", h.path, "address", g.at)
+		a.note(a.log, routine, "a socket is deposited", "path", h.path, "address", a.at)
 	}
 	return p, nil
 }
@@ -283,11 +283,11 @@ func (h *handoff) state(at place) error {
 
 // find returns the dispatcher's socket of an address if there is one in the
 // pool.
-func (h *handoff) find(g *group) (net.Listener, error) {
+func (h *handoff) find(a *address) (*socket, error) {
 	h.mu.Lock()
 	var found *pooled
 	for _, p := range h.sockets {
-		if p.at == g.at && !p.balanced && p.role != roleRefused && listens(p.d) {
+		if p.at == a.at && !p.balanced && p.role != roleRefused && listens(p.d) {
 			found = p
 			p.d.hold()
 			break
@@ -298,16 +298,26 @@ func (h *handoff) find(g *group) (net.Listener, error) {
 		return nil, nil
 	}
 	defer found.d.release()
-	err := checkSocket(found, g)
-	if err == nil && isFile(g.at) {
-		_, err = os.Lstat(g.at.host)
+	err := checkSocket(found, a)
+	if err == nil && a.at.isFile() {
+		_, err = os.Lstat(a.at.host)
 	}
 	if err != nil {
 		h.mu.Lock()
 		found.refuseLocked()
 		h.mu.Unlock()
-		log(g.log, "a socket of the handoff can't be used", "path", h.path, "address", g.at, "reason", err)
+		a.note(a.log, trouble, "a socket of the handoff can't be used", "path", h.path, "address", a.at, "reason", err)
 		return nil, nil
 	}
-	return listenerOf(found.d)
+	ln, err := listenerOf(found.d)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newSocket(ln, a.at.network, nil)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	s.received, s.file = true, lookAtFile(a.at)
+	return s, nil
 }

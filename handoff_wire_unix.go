@@ -17,6 +17,8 @@ package lblisten
 //	id      [16]byte, of a socket
 //	process [16]byte
 //	port    uint16
+//	space   uint64, a network namespace
+//	device  int32, the index of an interface
 //	network, sub, host: strings of up to 255 bytes, each after its length in a byte
 //
 // in big endian. What follows in the length is ignored, and so is a frame of a
@@ -84,7 +86,7 @@ type frame struct {
 }
 
 const (
-	frameFixed = 1 + 1 + 4 + 16 + 16 + 2
+	frameFixed = 1 + 1 + 4 + 16 + 16 + 2 + 8 + 4
 	frameMost  = 2 + frameFixed + 3*(1+255)
 )
 
@@ -98,6 +100,8 @@ func (f *frame) append(b []byte) []byte {
 	b = append(b, f.id[:]...)
 	b = append(b, f.process[:]...)
 	b = binary.BigEndian.AppendUint16(b, uint16(f.at.port))
+	b = binary.BigEndian.AppendUint64(b, f.at.space)
+	b = binary.BigEndian.AppendUint32(b, uint32(f.at.device))
 	for _, s := range []string{f.at.network, f.sub, f.at.host} {
 		s = s[:min(len(s), 255)]
 		b = append(append(b, byte(len(s))), s...)
@@ -123,6 +127,8 @@ func decodeFrame(b []byte) (f frame, n int, err error) {
 	f.kind, f.flags, f.n = b[0], b[1], binary.BigEndian.Uint32(b[2:])
 	f.id, f.process = socketID(b[6:22]), processID(b[22:38])
 	f.at.port = int(binary.BigEndian.Uint16(b[38:]))
+	f.at.space = binary.BigEndian.Uint64(b[40:])
+	f.at.device = int(int32(binary.BigEndian.Uint32(b[48:])))
 	b = b[frameFixed:]
 	for _, s := range []*string{&f.at.network, &f.sub, &f.at.host} {
 		if len(b) < 1 || len(b) < 1+int(b[0]) {

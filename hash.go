@@ -9,6 +9,7 @@ import (
 	"hash/maphash"
 	"math/rand/v2"
 	"net"
+	"reflect"
 )
 
 // seed keys the hashes, so that a client can't choose its ports to hit one
@@ -16,30 +17,37 @@ import (
 var seed = maphash.MakeSeed()
 
 // flowKey hashes the addresses and ports of both ends. A connection without TCP
-// addresses (unix, pipes) has no flow: its key is random.
-func flowKey(c net.Conn) uint64 {
-	remote, ok := c.RemoteAddr().(*net.TCPAddr)
+// addresses has no flow: its key is random.
+func flowKey(local, remote net.Addr) uint64 {
+	from, ok := remote.(*net.TCPAddr)
 	if !ok {
 		return rand.Uint64()
 	}
 	var b [36]byte
-	putAddr(b[:18], remote)
-	if local, ok := c.LocalAddr().(*net.TCPAddr); ok {
-		putAddr(b[18:], local)
+	putAddr(b[:18], from)
+	if to, ok := local.(*net.TCPAddr); ok {
+		putAddr(b[18:], to)
 	}
 	return maphash.Bytes(seed, b[:])
 }
 
 // sourceKey hashes the client's address without its port; an IPv4 address and
 // its IPv4-mapped form are one.
-func sourceKey(c net.Conn) uint64 {
-	remote, ok := c.RemoteAddr().(*net.TCPAddr)
+func sourceKey(remote net.Addr) uint64 {
+	from, ok := remote.(*net.TCPAddr)
 	if !ok {
 		return rand.Uint64()
 	}
 	var b [18]byte
-	putAddr(b[:], remote)
+	putAddr(b[:], from)
 	return maphash.Bytes(seed, b[:16])
+}
+
+// isTLS tells whether a connection is a *tls.Conn, without importing crypto/tls,
+// which is larger than all else that the package needs.
+func isTLS(c net.Conn) bool {
+	t := reflect.TypeOf(c)
+	return t.Kind() == reflect.Pointer && t.Elem().PkgPath() == "crypto/tls" && t.Elem().Name() == "Conn"
 }
 
 // putAddr writes 16 bytes of address, IPv4 in its mapped form, and 2 of port.

@@ -28,6 +28,9 @@ func flow(remote string, port int) addressedConn {
 	}
 }
 
+func flowKeyOf(c net.Conn) uint64   { return flowKey(c.LocalAddr(), c.RemoteAddr()) }
+func sourceKeyOf(c net.Conn) uint64 { return sourceKey(c.RemoteAddr()) }
+
 func all(int) bool { return true }
 
 func number(i int) uint64 { return uint64(i + 1) }
@@ -39,7 +42,7 @@ func TestEvennessOverEvenPorts(t *testing.T) {
 		got := make([]int, n)
 		const flows = 14000
 		for i := range flows {
-			got[firstInRank(flowKey(flow("127.0.0.1", 32768+2*i)), n, number, all)]++
+			got[firstInRank(flowKeyOf(flow("127.0.0.1", 32768+2*i)), n, number, all)]++
 		}
 		chi2 := 0.0
 		mean := float64(flows) / float64(n)
@@ -58,15 +61,15 @@ func TestEvennessOverEvenPorts(t *testing.T) {
 // A flow has one key, a source has one key for all its ports, and an IPv4
 // address and its mapped form are one.
 func TestKeys(t *testing.T) {
-	require.Equal(t, flowKey(flow("192.0.2.1", 7)), flowKey(flow("192.0.2.1", 7)))
-	require.NotEqual(t, flowKey(flow("192.0.2.1", 7)), flowKey(flow("192.0.2.1", 8)))
-	require.Equal(t, sourceKey(flow("192.0.2.1", 7)), sourceKey(flow("::ffff:192.0.2.1", 8)))
+	require.Equal(t, flowKeyOf(flow("192.0.2.1", 7)), flowKeyOf(flow("192.0.2.1", 7)))
+	require.NotEqual(t, flowKeyOf(flow("192.0.2.1", 7)), flowKeyOf(flow("192.0.2.1", 8)))
+	require.Equal(t, sourceKeyOf(flow("192.0.2.1", 7)), sourceKeyOf(flow("::ffff:192.0.2.1", 8)))
 	short := addressedConn{remote: &net.TCPAddr{IP: net.IP{192, 0, 2, 1}}}
-	require.Equal(t, sourceKey(flow("192.0.2.1", 7)), sourceKey(short))
-	require.NotEqual(t, sourceKey(flow("192.0.2.1", 7)), sourceKey(flow("192.0.2.2", 7)))
-	require.NotEqual(t, sourceKey(flow("2001:db8::1", 7)), sourceKey(flow("2001:db8::2", 7)))
+	require.Equal(t, sourceKeyOf(flow("192.0.2.1", 7)), sourceKeyOf(short))
+	require.NotEqual(t, sourceKeyOf(flow("192.0.2.1", 7)), sourceKeyOf(flow("192.0.2.2", 7)))
+	require.NotEqual(t, sourceKeyOf(flow("2001:db8::1", 7)), sourceKeyOf(flow("2001:db8::2", 7)))
 	unix := addressedConn{remote: &net.UnixAddr{}}
-	require.NotEqual(t, flowKey(unix), flowKey(unix), "a connection without addresses goes anywhere")
+	require.NotEqual(t, flowKeyOf(unix), flowKeyOf(unix), "a connection without addresses goes anywhere")
 }
 
 // When a member may not be chosen, only its keys move.
@@ -125,4 +128,4 @@ func (flowOf) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0
 
 func (flowOf) LocalAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2} }
 
-func flowKeyWorker() { fmt.Println(flowKey(flowOf{})) }
+func flowKeyWorker() { fmt.Println(flowKeyOf(flowOf{})) }

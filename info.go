@@ -1,77 +1,22 @@
 package lblisten
 
-// What is in force, and what is counted.
+// What is in force and what is counted, and how it is written.
 
 import (
-	"cmp"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"strings"
-	"syscall"
 )
 
-func (g *group) info() Info {
-	members := len(*g.members.Load())
-	i := Info{Balancer: BalancerKernel, Steering: g.steering, Members: members, Reason: g.noKernel}
-	if members == 0 {
-		return Info{Reason: net.ErrClosed}
-	}
-	if members > 1 {
-		i.OnClose = InheritProcess
-	}
-	var alone error
-	if g.h != nil {
-		if alone = g.h.state(g.at); alone == nil {
-			i.OnClose |= InheritHandoff
-			i.OnKill |= InheritHandoff
-		}
-	}
-	if g.d != nil {
-		i.Balancer, i.Sockets = BalancerDispatcher, 1
-		if alone != nil {
-			i.Reason = inOneLine(g.noKernel, alone)
-		}
-		return i
-	}
-	i.Sockets = len(g.conns())
-	g.mu.Lock()
-	steering, unsteered, wont := g.k.inForce()
-	wont = cmp.Or(wont, g.wont)
-	g.mu.Unlock()
-	i.Steering = steering
-	inherits, why := kernelInherits(wont)
-	if inherits {
-		i.OnClose |= InheritKernel
-		i.OnKill |= InheritKernel
-	}
-	i.Reason = inOneLine(unsteered, why, alone)
-	return i
-}
-
-// conns returns all sockets of the group.
-func (g *group) conns() []syscall.RawConn {
-	if g.d != nil {
-		return g.d.conns()
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	var cs []syscall.RawConn
-	for _, l := range *g.members.Load() {
-		for _, s := range l.socks {
-			cs = append(cs, s.conn)
-		}
-	}
-	for _, w := range *g.shared.Load() {
-		cs = append(cs, w.s.conn)
-	}
-	return cs
-}
-
-// Balancer is who spreads connections over the members of a group.
+// Balancer is what spreads connections over the members of an address. As text and in
+// JSON it is its String.
 type Balancer int
 
 const (
-	BalancerNone       Balancer = iota // nobody: there is no group
+	BalancerNone       Balancer = iota // nothing: the listener is closed
 	BalancerKernel                     // the kernel, between sockets
 	BalancerDispatcher                 // this process, between Accepts
 )
@@ -83,14 +28,35 @@ func (b Balancer) String() string {
 	case BalancerNone:
 		return "none"
 	case BalancerKernel:
-		return kernelOption
+		return system.option
 	case BalancerDispatcher:
 		return "dispatcher"
 	}
 	return fmt.Sprintf("Balancer(%d)", int(b))
 }
 
-// Steering is by what connections are spread over the members of a group.
+// MarshalText returns String, or an error for a value that has no name.
+func (b Balancer) MarshalText() ([]byte, error) {
+	return marshalName(b, b >= BalancerNone && b <= BalancerDispatcher)
+}
+
+// UnmarshalText reads what MarshalText wrote, on whichever system.
+func (b *Balancer) UnmarshalText(text []byte) error {
+	switch string(text) {
+	case "none":
+		*b = BalancerNone
+	case "SO_REUSEPORT", "SO_REUSEPORT_LB", "kernel":
+		*b = BalancerKernel
+	case "dispatcher":
+		*b = BalancerDispatcher
+	default:
+		return fmt.Errorf("lblisten: %q is no Balancer", text)
+	}
+	return nil
+}
+
+// Steering is by what connections are spread over the members of an address. As text
+// and in JSON it is its String.
 type Steering int
 
 const (
@@ -105,23 +71,38 @@ const (
 	SteerLoad
 )
 
+var steeringNames = []string{"flow", "source", "cpu", "load"}
+
 // String returns "flow", "source", "cpu" or "load".
 func (s Steering) String() string {
-	switch s {
-	case SteerFlow:
-		return "flow"
-	case SteerSource:
-		return "source"
-	case SteerCPU:
-		return "cpu"
-	case SteerLoad:
-		return "load"
+	if s < SteerFlow || s > SteerLoad {
+		return fmt.Sprintf("Steering(%d)", int(s))
 	}
-	return fmt.Sprintf("Steering(%d)", int(s))
+	return steeringNames[s]
 }
 
-// Inheritance is a set of those who take over what waits for a member that
-// goes away. The zero value is nobody: the kernel resets it.
+// MarshalText returns String, or an error for a value that has no name.
+func (s Steering) MarshalText() ([]byte, error) {
+	return marshalName(s, s >= SteerFlow && s <= SteerLoad)
+}
+
+// UnmarshalText reads what MarshalText wrote.
+func (s *Steering) UnmarshalText(text []byte) error {
+	for i, name := range steeringNames {
+		if name == string(text) {
+			*s = Steering(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("lblisten: %q is no Steering: it is flow, source, cpu or load", text)
+}
+
+// byProgram tells whether the kernel steers so by a program that names sockets.
+func (s Steering) byProgram() bool { return s == SteerSource || s == SteerLoad }
+
+// Inheritance is a set of those who take over the queued connections of a member that
+// goes away. The zero value is nobody: the kernel resets them. As text and in JSON
+// it is its String.
 type Inheritance int
 
 const (
@@ -130,16 +111,15 @@ const (
 	InheritHandoff                         // other processes that hold the socket
 )
 
+var inheritanceNames = []string{"process", "kernel", "handoff"}
+
 // String returns "none", or the parts joined by "+": "process+kernel".
 func (i Inheritance) String() string {
 	var parts []string
-	for _, p := range []struct {
-		bit  Inheritance
-		name string
-	}{{InheritProcess, "process"}, {InheritKernel, "kernel"}, {InheritHandoff, "handoff"}} {
-		if i&p.bit != 0 {
-			parts = append(parts, p.name)
-			i &^= p.bit
+	for bit, name := range inheritanceNames {
+		if i&(1<<bit) != 0 {
+			parts = append(parts, name)
+			i &^= 1 << bit
 		}
 	}
 	if i != 0 {
@@ -151,25 +131,171 @@ func (i Inheritance) String() string {
 	return strings.Join(parts, "+")
 }
 
-// Info is what is in force for a listener or a group at this moment.
+// MarshalText returns String, or an error for a set with parts that have no name.
+func (i Inheritance) MarshalText() ([]byte, error) {
+	return marshalName(i, i >= 0 && i < 1<<len(inheritanceNames))
+}
+
+// UnmarshalText reads what MarshalText wrote.
+func (i *Inheritance) UnmarshalText(text []byte) error {
+	var set Inheritance
+	if string(text) != "none" {
+	parts:
+		for _, part := range strings.Split(string(text), "+") {
+			for bit, name := range inheritanceNames {
+				if name == part {
+					set |= 1 << bit
+					continue parts
+				}
+			}
+			return fmt.Errorf("lblisten: %q is no Inheritance: it is none, or process, kernel and handoff, joined by +", text)
+		}
+	}
+	*i = set
+	return nil
+}
+
+func marshalName(v fmt.Stringer, known bool) ([]byte, error) {
+	if !known {
+		return nil, fmt.Errorf("lblisten: %v has no name", v)
+	}
+	return []byte(v.String()), nil
+}
+
+// Info is what is in force for a listener or a group at this moment. In a log it is a
+// group of attributes; in JSON its fields have the names balancer, steering, on_close,
+// on_kill, members, sockets and reason, which is a string and left out if there is none.
 type Info struct {
 	Balancer Balancer
 	Steering Steering
-	OnClose  Inheritance // who would take over if the member closed now
+	OnClose  Inheritance // who would take over if the last member of this process closed now, or a sibling if it isn't the last
 	OnKill   Inheritance // who would take over if the process were killed now
-	Members  int         // members of the group in this process
-	Sockets  int         // kernel sockets of the group in this process
-	Reason   error       // why nothing stronger is in force; nil if nothing is
+	Members  int         // members of the address in this process
+	Sockets  int         // kernel sockets of the address in this process
+
+	// Reason is what is missing: nil if something would take over from a process that
+	// is killed and all that was asked for is in force. Otherwise it begins with what
+	// helps most.
+	Reason error
+}
+
+// infoJSON is Info in JSON.
+type infoJSON struct {
+	Balancer Balancer    `json:"balancer"`
+	Steering Steering    `json:"steering"`
+	OnClose  Inheritance `json:"on_close"`
+	OnKill   Inheritance `json:"on_kill"`
+	Members  int         `json:"members"`
+	Sockets  int         `json:"sockets"`
+	Reason   string      `json:"reason,omitempty"`
+}
+
+// String returns a line like "SO_REUSEPORT by flow, members 4, sockets 4, on close
+// process, on kill none: REASON".
+func (i Info) String() string {
+	s := fmt.Sprintf("%v by %v, members %d, sockets %d, on close %v, on kill %v", i.Balancer, i.Steering, i.Members, i.Sockets, i.OnClose, i.OnKill)
+	if i.Reason != nil {
+		s += ": " + i.Reason.Error()
+	}
+	return s
+}
+
+// LogValue returns a group of attributes.
+func (i Info) LogValue() slog.Value {
+	attrs := []slog.Attr{slog.String("balancer", i.Balancer.String()), slog.String("steering", i.Steering.String()),
+		slog.String("on_close", i.OnClose.String()), slog.String("on_kill", i.OnKill.String()),
+		slog.Int("members", i.Members), slog.Int("sockets", i.Sockets)}
+	if i.Reason != nil {
+		attrs = append(attrs, slog.String("reason", i.Reason.Error()))
+	}
+	return slog.GroupValue(attrs...)
+}
+
+// MarshalJSON writes the reason as its text.
+func (i Info) MarshalJSON() ([]byte, error) {
+	j := infoJSON{i.Balancer, i.Steering, i.OnClose, i.OnKill, i.Members, i.Sockets, ""}
+	if i.Reason != nil {
+		j.Reason = i.Reason.Error()
+	}
+	return json.Marshal(j)
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote. Of the reason it has the text alone.
+func (i *Info) UnmarshalJSON(b []byte) error {
+	var j infoJSON
+	if err := json.Unmarshal(b, &j); err != nil {
+		return err
+	}
+	*i = Info{j.Balancer, j.Steering, j.OnClose, j.OnKill, j.Members, j.Sockets, nil}
+	if j.Reason != "" {
+		i.Reason = errors.New(j.Reason)
+	}
+	return nil
 }
 
 // Stats are the counters of a listener, or their sums over a group.
 type Stats struct {
-	Accepted  uint64 // connections that Accept has returned
-	Inherited uint64 // those of them that came through a closed member's socket
+	Accepted uint64 // connections that Accept has returned
 
-	// Queued connections wait in the kernel for Accept: in the member's own
-	// socket, or in the shared one if it has none. Backlog is the limit in
-	// force for them. Both are -1 where the system doesn't tell: it is told for
-	// TCP on Linux, and on FreeBSD.
+	// Inherited are those of them that came through a socket which a closed member or
+	// another process had owned, until a new member adopts it.
+	Inherited uint64
+
+	// Queued connections are established and no Accept has returned them yet: those
+	// in the member's own socket, or in the shared one if it has none. Backlog is
+	// the limit in force for them. Both are -1 where the system doesn't tell: it is
+	// told for TCP on Linux, and on FreeBSD.
 	Queued, Backlog int
+}
+
+// info returns what is in force. What would be claimed for others is looked up now.
+func (a *address) info() Info {
+	members := len(*a.members.Load())
+	if members == 0 {
+		return Info{Reason: net.ErrClosed}
+	}
+	i := Info{Balancer: BalancerKernel, Steering: a.steering, Members: members, Sockets: len(a.conns())}
+	if members > 1 {
+		i.OnClose = InheritProcess
+	}
+	var noPeer, notSteered, noMigration error
+	if a.h != nil {
+		if noPeer = a.h.state(a.at); noPeer == nil {
+			i.OnClose |= InheritHandoff
+			i.OnKill |= InheritHandoff
+		}
+	}
+	var others int // sockets of other processes in the kernel's group
+	if a.d != nil {
+		i.Balancer, noMigration = BalancerDispatcher, a.noKernel
+		i.Sockets = max(1, i.Sockets) // of a listener behind Dispatch it isn't known
+		if a.steering == SteerSource {
+			notSteered = a.d.whyNotBySource()
+		}
+	} else {
+		i.Steering, notSteered = a.k.inForce()
+		if others, noMigration = a.k.inherits(); noMigration == nil {
+			i.OnClose |= InheritKernel
+			i.OnKill |= InheritKernel
+		}
+	}
+	i.Reason = a.missing(i, others, noPeer, notSteered, noMigration)
+	return i
+}
+
+// missing returns why what is in force is not all that was asked for, or not enough.
+func (a *address) missing(i Info, others int, noPeer, notSteered, noMigration error) error {
+	if i.OnKill != 0 {
+		return inOneLine(noPeer, notSteered)
+	}
+	helps := noPeer
+	switch {
+	case a.h == nil && canHandoff && others > 0:
+		helps = errors.New("another process listens on the address, but nobody would take over from this one if it were killed: use WithHandoff with one path in both")
+	case a.h == nil && canHandoff:
+		helps = errors.New("nobody would take over from this process if it were killed: use WithHandoff, and run a second process")
+	case a.h != nil && others > 0:
+		helps = fmt.Errorf("another process listens on the address without this path: %w", noPeer)
+	}
+	return inOneLine(helps, notSteered, noMigration)
 }

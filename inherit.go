@@ -1,34 +1,23 @@
 package lblisten
 
-// What becomes of a socket and its queue when a member closes while siblings
-// live: it is shared from then on. A watch waits until a connection is there,
-// and tells a member that waits in Accept to come and take it. It never
-// accepts by itself: what waits, waits in the kernel. The same watch serves the
-// second socket of a dual-stack member where the kernel needs two.
+// Shared sockets: those of members that have closed while siblings live, those that
+// other processes have left, and older files of a unix socket. A watch waits until
+// a connection is queued, and wakes a member that waits in Accept, which comes and
+// takes it. It never accepts by itself: what is queued stays in the kernel.
 //
-// How nothing is overlooked. Every side first says what it has, then looks at
-// what the others said:
-//
-//   - An Accept counts itself in, then looks at the watched sockets, then blocks
-//     on its own socket. A watch marks its socket ready, then looks for a member
-//     with an Accept counted in, and kicks it (Listener.kick). One of the two
-//     sees the other.
-//   - A kick is a mark in the word that counts the Accepts. Whichever Accept of
-//     the member counts itself out while the mark is set, takes the mark away.
-//     From then on it owes a look: it takes from a ready socket, and when it
-//     returns, for whatever reason, it has the sockets that are still ready look
-//     for a member again (group.offerReady): so a member that closes, times out
-//     or returns with a connection of its own in the instant in which it is
-//     kicked passes the kick on.
-//   - Who takes from a socket holds its token, and before giving that back looks
-//     whether more is waiting: if so he kicks the next member, else he sends the
-//     watch back to waiting.
+// Nothing is overlooked, because every side first says what it has, then looks at
+// what the others said. A watch marks its socket as ready, then looks for an Accept
+// that is counted in, and wakes it. An Accept counts itself in, then looks for a
+// mark, then waits; woken, it looks again. It counts itself out, then looks for a
+// mark once more: it may be the one that was woken, and wakes another one instead.
+// Whoever puts a member's deadline back, which may undo a wake-up, looks afterwards.
 
 import (
 	"context"
 	"errors"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -38,12 +27,12 @@ import (
 
 var (
 	// retryAfter is when a socket whose Accept failed for now (EMFILE) is offered
-	// to a waiting member again, if no Accept has come back to it by itself.
+	// again, if no Accept has come back to it by itself.
 	retryAfter = 250 * time.Millisecond
 
-	// takeTimeout ends an accept on a socket on which a connection was waiting a
+	// takeTimeout ends an accept on a socket on which a connection was queued a
 	// moment ago: it can be gone only where it was reset by its client, on
-	// kernels that then take it out of the queue.
+	// kernels that then take it out of the queue, or where another process took it.
 	takeTimeout = time.Millisecond
 
 	// pollEvery is how often a watch looks at its socket when there is no
@@ -54,110 +43,106 @@ var (
 // began is what a watch counts from: a clock that is set changes nothing.
 var began = time.Now()
 
-// A watch is a socket that no Accept blocks on.
+// A watch is a socket in which no Accept waits.
 type watch struct {
-	s     *socket
-	g     *group
-	owner *Listener // who alone takes from it; nil: any member, the socket is shared
-
-	wanted bool // a new member is about to adopt it; guarded by g.mu
+	s      *socket
+	a      *address
+	finish func(net.Conn)        // what its connections need, nil for nothing
+	of     atomic.Pointer[owner] // whose companion it is; nil for any other
 
 	used  atomic.Int64  // when it was shared, or taken from last: ns since began
-	ready atomic.Bool   // a connection waits; counted in g.ready
-	token sync.Mutex    // held by who takes, only ever tried by members; for ever once stopped
+	ready atomic.Bool   // a connection is queued; counted in a.ready
 	rearm chan struct{} // the socket was found empty
 	quit  chan struct{} // closed by stop
 	ended chan struct{} // closed when run has returned
 
-	mu   sync.Mutex
-	file *os.File // a duplicate of the socket, to wait on; guarded by mu
+	taking  sync.Mutex // held by whoever takes, for takeTimeout at most; members only try it. A leaf
+	stopped bool       // nobody takes any more; guarded by taking
+
+	mu   sync.Mutex // guards file, for instants; a leaf
+	file *os.File   // a duplicate of the socket, to wait on
 }
 
-// watch makes a watch, whose run the caller starts.
-func (g *group) watch(s *socket, owner *Listener) *watch {
-	return &watch{s: s, g: g, owner: owner,
-		rearm: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{})}
+// newWatch makes a watch, for share.
+func newWatch(a *address, s *socket, finish func(net.Conn)) *watch {
+	return &watch{s: s, a: a, finish: finish, rearm: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{})}
 }
 
-// share makes sockets shared ones: what waits in them is to be had when it
-// returns. It is called under g.mu.
-func (g *group) share(socks []*socket) {
-	shared := append([]*watch(nil), *g.shared.Load()...)
-	marked := make([]bool, len(socks))
-	for i, s := range socks {
-		w := g.watch(s, nil)
+// share makes sockets shared ones: what is queued in them is to be had when it
+// returns.
+func (a *address) share(more ...*watch) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.shareLocked(more...)
+}
+
+func (a *address) shareLocked(more ...*watch) {
+	shared := append(slices.Clone(*a.shared.Load()), more...)
+	marked := make([]bool, len(more))
+	for i, w := range more {
 		w.used.Store(int64(time.Since(began)))
-		marked[i] = w.readable() && w.mark()
-		shared = append(shared, w)
+		if marked[i] = w.s.readable(); marked[i] {
+			w.mark()
+		}
 	}
-	g.shared.Store(&shared)
-	for i, w := range shared[len(shared)-len(socks):] {
-		go w.run(marked[i]) // only now: whom it kicks must find it
+	a.shared.Store(&shared)
+	for i, w := range more {
+		go w.run(marked[i]) // only now: whoever it wakes must find it
 	}
 }
 
 // inherit makes a socket of another process a shared one. It returns false if
-// the group has begun to end.
-func (g *group) inherit(s *socket) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if !g.dying {
-		g.share([]*socket{s})
+// the address has begun to end.
+func (a *address) inherit(s *socket) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.ended {
+		a.shareLocked(newWatch(a, s, finishKeepAlive(a.keepAlive)))
 	}
-	return !g.dying
+	return !a.ended
 }
 
-// adopt takes a shared socket out of the group for a new member; nil if there
-// is none. Of a handoff's sockets it takes those that no other process takes.
-func (g *group) adopt(ctx context.Context, network string) *socket {
-	var refused []*watch
-	for {
-		g.mu.Lock()
-		for _, w := range refused {
-			w.wanted = false
-		}
-		shared := *g.shared.Load()
-		i := slices.IndexFunc(shared, func(w *watch) bool {
-			return !w.wanted && w.s.net == network && !slices.Contains(refused, w)
-		})
-		if i < 0 {
-			g.mu.Unlock()
-			return nil
-		}
-		w := shared[i]
-		w.wanted = true
-		g.mu.Unlock()
-		p := w.s.pooled
-		if p != nil && !g.h.claim(ctx, p) {
-			refused = append(refused, w) // another process has it
+// adopt takes a shared socket for a new member; nil if there is none. Of a handoff's
+// sockets it takes those that no other process takes. It is called with the turn.
+func (a *address) adopt(ctx context.Context, network string) *socket {
+	for _, w := range *a.shared.Load() {
+		if w.of.Load() != nil || w.s.net != network {
 			continue
 		}
-		if g.unshare(w) {
+		p := w.s.pooled
+		if p != nil && !a.h.claim(ctx, p) {
+			continue // another process has it
+		}
+		if a.unshare(w) {
 			w.s.ln.SetDeadline(time.Time{}) // that of the last take
 			return w.s
 		}
 		if p != nil {
-			g.h.giveBack(p)
+			a.h.giveBack(p)
+		}
+	}
+	return nil
+}
+
+// takeBack ends the sharing of a socket that another process accepts from.
+func (a *address) takeBack(p *pooled) {
+	shared := *a.shared.Load()
+	if i := slices.IndexFunc(shared, func(w *watch) bool { return w.s.pooled == p }); i >= 0 && a.unshare(shared[i]) {
+		shared[i].s.ln.Close()
+		if a.k != nil {
+			a.k.drop(shared[i].s)
 		}
 	}
 }
 
-// takeBack ends the sharing of a socket that another process accepts from.
-func (g *group) takeBack(p *pooled) {
-	shared := *g.shared.Load()
-	if i := slices.IndexFunc(shared, func(w *watch) bool { return w.s.pooled == p }); i >= 0 && g.unshare(shared[i]) {
-		shared[i].s.ln.Close()
-	}
-}
-
-// unshare takes a shared socket out of the group. It returns false if somebody
-// else did.
-func (g *group) unshare(w *watch) bool {
-	g.mu.Lock()
-	before := *g.shared.Load()
+// unshare takes a shared socket away from the members. It returns false if somebody
+// else did. When it returns nobody takes from the socket any more.
+func (a *address) unshare(w *watch) bool {
+	a.mu.Lock()
+	before := *a.shared.Load()
 	rest := slices.DeleteFunc(slices.Clone(before), func(x *watch) bool { return x == w })
-	g.shared.Store(&rest)
-	g.mu.Unlock()
+	a.shared.Store(&rest)
+	a.mu.Unlock()
 	if len(rest) == len(before) {
 		return false
 	}
@@ -165,51 +150,75 @@ func (g *group) unshare(w *watch) bool {
 	return true
 }
 
-// mark marks the socket as ready.
-func (w *watch) mark() bool {
-	w.g.ready.Add(1)
-	w.ready.Store(true)
-	return true
+// dropUnreachable closes the shared sockets of older files of a unix socket that
+// nobody can reach any more: the file is gone, also by another name in the same
+// directory, nothing is queued, and nothing was taken for a while. It is called with
+// the turn.
+func (a *address) dropUnreachable() {
+	const quiet = time.Second // for a client that has found the file, and isn't in the queue yet
+	for _, w := range *a.shared.Load() {
+		if w.s.file == nil || w.s.hasFile(a.at) || time.Since(began)-time.Duration(w.used.Load()) < quiet || w.s.readable() || w.isRenamed() {
+			continue
+		}
+		if a.unshare(w) {
+			w.s.ln.Close()
+		}
+	}
 }
 
-// run offers the socket whenever connections wait in it, until stop. It may be
+// isRenamed tells whether the file of a unix socket is in its directory by another name.
+func (w *watch) isRenamed() bool {
+	entries, err := os.ReadDir(filepath.Dir(w.a.at.host))
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist) // it isn't known
+	}
+	return slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		if e.Type() != os.ModeSocket {
+			return false
+		}
+		file, err := e.Info()
+		return err == nil && os.SameFile(file, w.s.file)
+	})
+}
+
+// isInherited tells whether a closed member, or another process, has left the socket.
+func (w *watch) isInherited() bool { return w.of.Load() == nil }
+
+// mark marks the socket as ready.
+func (w *watch) mark() {
+	w.a.ready.Add(1)
+	w.ready.Store(true)
+}
+
+// run offers the socket whenever connections are queued in it, until stop. It may be
 // marked as ready already.
 func (w *watch) run(marked bool) {
 	defer close(w.ended)
-	for marked || w.wait() && w.mark() {
-		if !w.offerUntilEmpty() {
+	for {
+		if !marked {
+			if !w.wait() {
+				return
+			}
+			w.mark()
+		}
+		w.a.offer()
+		select {
+		case <-w.rearm:
+		case <-w.quit:
 			return
 		}
 		marked = false
 	}
 }
 
-// offerUntilEmpty returns true when the socket has been found empty, false
-// after stop.
-func (w *watch) offerUntilEmpty() bool {
-	w.offer()
-	retry := time.NewTicker(w.g.retryAfter)
-	defer retry.Stop()
-	for {
-		select {
-		case <-w.rearm:
-			return true
-		case <-retry.C:
-			w.offer()
-		case <-w.quit:
-			return false
-		}
-	}
-}
-
-// wait returns true when a connection waits in the socket, false after stop.
+// wait returns true when a connection is queued in the socket, false after stop.
 func (w *watch) wait() bool {
 	for {
 		if conn := w.waitable(); conn != nil && conn.Read(readable) == nil {
 			return true
 		}
-		// Stopped, or no descriptor is left to wait on.
-		if w.readable() {
+		// Stopped, told to look, or no descriptor is left to wait on.
+		if w.s.readable() {
 			return true
 		}
 		select {
@@ -241,45 +250,6 @@ func (w *watch) waitable() syscall.RawConn {
 	return conn
 }
 
-// readable tells whether a connection waits in the socket now.
-func (w *watch) readable() bool {
-	r := false
-	w.s.conn.Control(func(fd uintptr) { r = readable(fd) })
-	return r
-}
-
-// offer kicks a member that waits in Accept, if there is one, so that it takes
-// from the socket. If there is none, the next Accept looks by itself.
-func (w *watch) offer() {
-	if w.owner != nil {
-		w.owner.kick()
-		return
-	}
-	members := *w.g.members.Load()
-	turn := int(w.g.turn.Add(1) % maxMembers)
-	for i := range members {
-		if members[(turn+i)%len(members)].kick() {
-			return
-		}
-	}
-}
-
-// lookAgain has every Accept look that waits although a connection is there: the
-// kernel has put it into the queue and told nobody (see lookAgainEvery).
-func (g *group) lookAgain() {
-	for _, l := range *g.members.Load() {
-		if l.state.Load()&countMask != 0 && l.ownReadable() {
-			l.kick()
-		}
-	}
-	for _, w := range *g.shared.Load() {
-		if !w.ready.Load() && w.readable() {
-			w.lookAgain()
-		}
-	}
-	g.k.tick()
-}
-
 // lookAgain ends a wait on the duplicate, after which wait looks by itself.
 func (w *watch) lookAgain() {
 	w.mu.Lock()
@@ -289,59 +259,77 @@ func (w *watch) lookAgain() {
 	}
 }
 
-// offerReady offers what waits in the watched sockets that a member may take
-// from.
-func (g *group) offerReady(l *Listener) {
-	if g.ready.Load() == 0 {
-		return
-	}
-	if l.side != nil && l.side.ready.Load() {
-		l.side.offer()
-	}
-	for _, w := range *g.shared.Load() {
-		if w.ready.Load() {
-			w.offer()
+// offer wakes an Accept, if one waits, so that it looks what is ready. If none
+// does, the next one looks by itself.
+func (a *address) offer() {
+	members := *a.members.Load()
+	turn := int(a.begins.Add(1) % maxMembers)
+	for i := range members {
+		if members[(turn+i)%len(members)].wake() {
+			return
 		}
 	}
 }
 
-// take accepts a connection from the socket, if one waits and nobody else is
+// offerReady is offer, if something is ready.
+func (a *address) offerReady() {
+	if a.ready.Load() != 0 {
+		a.offer()
+	}
+}
+
+// offerLater is offerReady after an error of a shared socket, which is one Accept's:
+// whoever is woken at once would get the same one.
+func (a *address) offerLater() { time.AfterFunc(retryAfter, a.offerReady) }
+
+// takeShared accepts from a shared socket that is ready: nothing if there is none.
+func (a *address) takeShared() (net.Conn, *watch, error) {
+	shared := *a.shared.Load()
+	turn := int(a.begins.Add(1) % maxMembers)
+	for i := range shared {
+		w := shared[(turn+i)%len(shared)]
+		if c, err := w.take(); c != nil || err != nil {
+			return c, w, err
+		}
+	}
+	return nil, nil, nil
+}
+
+// take accepts a connection from the socket, if one is queued and nobody else is
 // taking: nil and no error if not.
-func (w *watch) take() (*net.TCPConn, error) {
-	if !w.ready.Load() || !w.token.TryLock() {
+func (w *watch) take() (net.Conn, error) {
+	if !w.ready.Load() || !w.taking.TryLock() {
 		return nil, nil
 	}
-	if !w.ready.Load() {
-		w.token.Unlock()
+	if w.stopped || !w.ready.Load() {
+		w.taking.Unlock()
 		return nil, nil
 	}
 	w.s.ln.SetDeadline(time.Now().Add(takeTimeout))
-	c, err := w.s.ln.AcceptTCP()
+	c, err := w.s.ln.Accept()
 	w.used.Store(int64(time.Since(began)))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		err = nil
-	case errors.Is(err, syscall.EINVAL) && w.owner == nil:
+		c, err = nil, nil
+	case errors.Is(err, syscall.EINVAL):
 		// It listens no more: somebody has shut it down, by a descriptor that
-		// SyscallConn or File gave him. That is no sibling's error.
-		w.token.Unlock()
-		if w.g.unshare(w) {
-			w.g.k.discard(w.s)
+		// SyscallConn or File gave out. That is no sibling's error.
+		w.taking.Unlock()
+		if w.a.unshare(w) {
+			go w.a.discard(w.s)
 		}
 		return nil, nil
+	case err != nil:
+		c = nil
 	}
-	more := w.readable()
+	more := w.s.readable()
 	if !more && w.ready.CompareAndSwap(true, false) {
-		w.g.ready.Add(-1)
+		w.a.ready.Add(-1)
 		w.rearm <- struct{}{}
 	}
-	restore := w.s.restore // who adopts the socket sets it, once the token is never given back
-	w.token.Unlock()
-	if more && err == nil {
-		w.offer()
-	}
-	if c != nil && restore != nil {
-		restore(c)
+	w.taking.Unlock()
+	if more && c == nil && err == nil {
+		w.a.offer() // otherwise the Accept does, when it leaves
 	}
 	return c, err
 }
@@ -357,8 +345,10 @@ func (w *watch) stop() {
 		file.Close()
 	}
 	<-w.ended
-	w.token.Lock()
+	w.taking.Lock()
+	defer w.taking.Unlock()
+	w.stopped = true
 	if w.ready.CompareAndSwap(true, false) {
-		w.g.ready.Add(-1)
+		w.a.ready.Add(-1)
 	}
 }

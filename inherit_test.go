@@ -89,7 +89,6 @@ func TestBlockedHeirIsWoken(t *testing.T) {
 func TestHeirOfManyIsWoken(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
-	defer setRetryAfter(time.Hour)()
 	for range count(20, 3) {
 		g, _ := newTestGroup(t, count(100, 20), "tcp", "127.0.0.1:0", WithRequireKernel())
 		heir := joinTest(t, g.Listeners()[0], WithRequireKernel())
@@ -117,7 +116,6 @@ func TestHeirOfManyIsWoken(t *testing.T) {
 func TestKickOfClosingMemberIsPassedOn(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
-	defer setRetryAfter(time.Hour)()
 	var heir *Listener
 	for round := range count(3000, 100) {
 		if round%100 == 0 { // before the kernel steers nothing to the shared sockets any more

@@ -23,7 +23,6 @@ func TestOneErrorReachesOneAccept(t *testing.T) {
 }
 
 func oneErrorWorker() {
-	setRetryAfter(time.Hour)
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 12, WithRequireKernel())
 	must(err)
 	ls := g.Listeners()

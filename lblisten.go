@@ -127,7 +127,7 @@ func ListenContext(ctx context.Context, network, address string, opts ...Option)
 	if !cfg.lb {
 		return listenPlain(ctx, network, address, cfg)
 	}
-	_, members, err := join(ctx, network, address, 1, cfg)
+	_, members, err := open(ctx, network, address, 1, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -144,11 +144,11 @@ func ListenGroup(ctx context.Context, network, address string, n int, opts ...Op
 	if err != nil {
 		return nil, listenError(network, address, err)
 	}
-	g, members, err := join(ctx, network, address, n, cfg)
+	a, members, err := open(ctx, network, address, n, cfg)
 	if err != nil {
 		return nil, err
 	}
-	return &Group{g: g, members: members}, nil
+	return &Group{a: a, members: members}, nil
 }
 
 // Dispatch fans any listener out over n members, n from 1 to 32768: the
@@ -170,6 +170,9 @@ func Dispatch(ln net.Listener, n int, opts ...Option) (*Group, error) {
 		return nil, errors.New("lblisten: dispatch: the listener is nil")
 	}
 	addr := ln.Addr()
+	if addr == nil {
+		return nil, fmt.Errorf("lblisten: dispatch: the listener (a %T) has no address", ln)
+	}
 	fail := func(err error) (*Group, error) {
 		return nil, &net.OpError{Op: "dispatch", Net: addr.Network(), Addr: addr, Err: err}
 	}
@@ -188,8 +191,8 @@ func Dispatch(ln net.Listener, n int, opts ...Option) (*Group, error) {
 	if err != nil {
 		return fail(err)
 	}
-	g, members := dispatchGroup(ln, n, cfg)
-	return &Group{g: g, members: members}, nil
+	a, members := dispatchAddress(ln, addr, n, cfg)
+	return &Group{a: a, members: members}, nil
 }
 
 // maxMembers is the most members of a group in one process. It is Linux's limit
@@ -219,8 +222,8 @@ func listenPlain(ctx context.Context, network, address string, cfg *config) (net
 	if err != nil {
 		return nil, err
 	}
-	if cfg.backlogSet {
-		if err := setBacklog(ln, cfg.backlog); err != nil {
+	if cfg.backlog != nil {
+		if err := setBacklog(ln, *cfg.backlog); err != nil {
 			ln.Close()
 			return nil, listenError(network, address, err)
 		}

@@ -150,7 +150,7 @@ func (e endpoint) need(t testing.TB) {
 	}
 	require.NoError(t, ln.Close())
 	if host == "::1" && e.network == "tcp" {
-		if at, _, err := resolve(context.Background(), "tcp", ":0"); err == nil && at.network != "tcp" {
+		if at, _, err := resolved("tcp", ":0"); err == nil && at.network != "tcp" {
 			t.Skipf("no dual-stack sockets on %s", runtime.GOOS)
 		}
 	}

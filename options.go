@@ -27,19 +27,16 @@ type Option struct {
 	apply func(*config)
 }
 
-// config is what the options of one call ask for.
+// config is what the options of one call ask for. A nil pointer: the option isn't there.
 type config struct {
 	lb            bool
 	dispatcher    bool // WithDispatcher
 	requireKernel bool // WithRequireKernel
 	reusePort     bool
 	steering      Steering
-	pinned        string // WithPinnedProgram
-	pinnedSet     bool
-	handoff       string // WithHandoff
-	handoffSet    bool
-	backlog       int
-	backlogSet    bool
+	pinned        *string // WithPinnedProgram
+	handoff       *string // WithHandoff
+	backlog       *int
 	lc            net.ListenConfig
 	log           *slog.Logger
 }
@@ -117,7 +114,7 @@ func WithSteering(s Steering) Option {
 // dispatcher's members share one socket, and the last one that asks decides.
 // Only unix systems can: [ErrUnsupported] elsewhere.
 func WithBacklog(n int) Option {
-	return Option{"WithBacklog", func(c *config) { c.backlog, c.backlogSet = n, true }}
+	return Option{"WithBacklog", func(c *config) { c.backlog = &n }}
 }
 
 // WithListenConfig opens sockets with lc: Control, KeepAlive and
@@ -144,7 +141,7 @@ func WithListenConfig(lc net.ListenConfig) Option {
 // The program's type is BPF_PROG_TYPE_SK_REUSEPORT, its expected attach type
 // BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
 func WithPinnedProgram(path string) Option {
-	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned, c.pinnedSet = true, path, true }}
+	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned = true, &path }}
 }
 
 // WithHandoff is WithLB, and lets the processes of this user that name the same
@@ -188,7 +185,7 @@ func WithPinnedProgram(path string) Option {
 // itself on Windows, AIX, plan9 and wasm. Surplus sockets of closed members aren't
 // retired (see Linux above); the next member that joins adopts one.
 func WithHandoff(path string) Option {
-	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff, c.handoffSet = true, path, true }}
+	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
 
 // WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
@@ -204,27 +201,27 @@ func newConfig(opts []Option) (*config, error) {
 		}
 		o.apply(c)
 	}
-	if c.handoffSet && c.handoff != "" {
-		if abs, err := filepath.Abs(c.handoff); err == nil {
-			c.handoff = abs
+	if c.handoff != nil && *c.handoff != "" {
+		if abs, err := filepath.Abs(*c.handoff); err == nil {
+			c.handoff = &abs
 		}
 	}
 	switch {
-	case c.backlogSet && c.backlog < 1:
-		return nil, fmt.Errorf("WithBacklog(%d): a backlog is at least 1; leave the option out for the system's maximum", c.backlog)
-	case c.backlogSet && !canSetBacklog:
+	case c.backlog != nil && *c.backlog < 1:
+		return nil, fmt.Errorf("WithBacklog(%d): a backlog is at least 1; leave the option out for the system's maximum", *c.backlog)
+	case c.backlog != nil && !canSetBacklog:
 		return nil, fmt.Errorf("WithBacklog: %w by this system", ErrUnsupported)
-	case c.pinnedSet && !canPin:
+	case c.pinned != nil && !system.pinned:
 		return nil, fmt.Errorf("WithPinnedProgram: %w by this system", ErrUnsupported)
-	case c.pinnedSet && c.pinned == "":
+	case c.pinned != nil && *c.pinned == "":
 		return nil, errors.New("WithPinnedProgram: the path is empty")
-	case c.pinnedSet && c.dispatcher:
+	case c.pinned != nil && c.dispatcher:
 		return nil, fmt.Errorf("WithPinnedProgram: %w by the dispatcher, which WithDispatcher asks for", ErrUnsupported)
-	case c.handoffSet && c.handoff == "":
+	case c.handoff != nil && *c.handoff == "":
 		return nil, errors.New("WithHandoff: the path is empty")
-	case c.handoffSet && !canHandoff:
+	case c.handoff != nil && !canHandoff:
 		return nil, fmt.Errorf("WithHandoff: %w by this system", ErrUnsupported)
-	case c.handoffSet && c.steering == SteerSource:
+	case c.handoff != nil && c.steering == SteerSource:
 		return nil, fmt.Errorf("WithHandoff: steering by source is %w together with it: processes that take over from each other can't keep a source to one member", ErrUnsupported)
 	case c.lb && c.reusePort:
 		return nil, errors.New("WithReusePort promises no balancing and WithLB does: choose one for an address")
@@ -234,4 +231,28 @@ func newConfig(opts []Option) (*config, error) {
 		return nil, fmt.Errorf("WithSteering(%d): no such steering", int(c.steering))
 	}
 	return c, nil
+}
+
+// fits tells whether a new address can be as it is asked for: nil, or why not.
+// noKernel is why the kernel doesn't balance there, nil if it does.
+func (r *request) fits(noKernel error) error {
+	switch {
+	case noKernel == errAsked:
+	case noKernel != nil && r.pinned != nil:
+		return fmt.Errorf("WithPinnedProgram: %w: %w", ErrUnsupported, noKernel)
+	case noKernel != nil && r.requireKernel:
+		return fmt.Errorf("balancing by the kernel is %w: %w", ErrUnsupported, noKernel)
+	case noKernel == nil && r.handoff != nil && r.steering == SteerLoad:
+		return fmt.Errorf("WithHandoff: steering by load is %w together with it where the kernel balances, because its program would starve the other processes: use WithDispatcher", ErrUnsupported)
+	case noKernel == nil && r.program && r.steering.byProgram():
+		return fmt.Errorf("steering by %v is %w on a socket to which Control attaches a reuseport program: the address has one program", r.steering, ErrUnsupported)
+	case noKernel == nil && r.program && r.pinned != nil:
+		return fmt.Errorf("WithPinnedProgram: %w on a socket to which Control attaches a reuseport program: the address has one program", ErrUnsupported)
+	case noKernel == nil && kernelSteers(r.steering) != nil:
+		return fmt.Errorf("steering by %v: %w", r.steering, kernelSteers(r.steering))
+	}
+	if noKernel == nil {
+		return nil
+	}
+	return canDispatch(r.steering, r.network)
 }

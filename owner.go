@@ -7,162 +7,224 @@ import (
 	"errors"
 	"net"
 	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/cpu"
 )
 
-const (
-	countMask  = 1<<32 - 1
-	closedMark = 1 << 32
-	kickedMark = 1 << 33
-	wakeUnit   = 1 << 34
-)
+// An owner is a member with a socket of its own, in which its Accepts wait. Whoever
+// wakes them, by a deadline in the past, means "look again": they put the user's
+// deadline back, and look whether the member is closed and what is ready.
+type owner struct {
+	a         *address
+	s         *socket
+	tcp       *net.TCPListener // that of s
+	finish    func(net.Conn)   // what the connections of s need, nil for nothing
+	companion *watch           // of its IPv6 socket, where a dual-stack member has two: a shared one from birth
+	idle      chan struct{}    // closed when the member is closed and no Accept is in progress
+	idleOnce  sync.Once
+	ownTurn   atomic.Bool // the last connection was a shared one
+
+	mu       sync.Mutex // held over each SetDeadline of s, which doesn't block; a leaf
+	deadline time.Time  // the user's; guarded by mu
+
+	_      cpu.CacheLinePad
+	inside atomic.Int64 // Accepts in progress, and the closedMark
+	_      cpu.CacheLinePad
+}
+
+// closedMark makes owner.inside negative.
+const closedMark = -1 << 63
 
 // longAgo is a deadline that ends a blocked Accept at once.
 var longAgo = time.Unix(1, 0)
 
-// acceptOwn accepts from the member's own socket, or takes from a shared one.
-func (l *Listener) acceptOwn() (*net.TCPConn, error) {
-	for owes := false; ; { // whether a kick was meant for this Accept
-		state := l.state.Add(1)
-		c, err := l.acceptOnce(state)
-		owes = l.leave() || owes
-		if err == nil {
-			l.accepted.Add(1)
-			if l.onAccept != nil {
-				l.onAccept(c)
-			}
-			if owes {
-				l.g.offerReady(l)
-			}
-			return c, nil
-		}
-		timeout := errors.Is(err, os.ErrDeadlineExceeded)
-		if timeout && l.wokenSince(state) {
-			continue
-		}
-		if owes && (timeout || errors.Is(err, net.ErrClosed)) {
-			// Not after other errors: who is kicked then gets the same one.
-			l.g.offerReady(l)
-		}
-		return nil, err
-	}
+func newOwner(a *address, w *watch) *owner {
+	return &owner{a: a, s: w.s, tcp: w.s.ln.(*net.TCPListener), finish: w.finish, idle: make(chan struct{})}
 }
 
-// acceptOnce is one try of an Accept that was counted in with state.
-func (l *Listener) acceptOnce(state uint64) (*net.TCPConn, error) {
-	if state&closedMark != 0 {
-		return nil, l.opError("accept", net.ErrClosed)
-	}
-	if l.g.ready.Load() != 0 {
-		if c, err := l.takeShared(state&countMask == 1); c != nil || err != nil {
-			return c, err
+func (o *owner) accept() (net.Conn, bool, error) {
+	var (
+		c   net.Conn
+		w   *watch // that it came from; nil: from its own socket
+		err error
+	)
+	o.inside.Add(1)
+	for again := true; again; {
+		if c, w, err = o.look(); c == nil && err == nil {
+			c, err = o.acceptOwn()
 		}
+		again = err != nil && errors.Is(err, os.ErrDeadlineExceeded) && o.goOn()
 	}
-	c, err := l.ln.AcceptTCP()
-	if op, ok := err.(*net.OpError); ok && l.side != nil {
-		return nil, l.opError(op.Op, op.Err) // one of two sockets, with an address of its own
+	o.leave()
+	if err != nil && w != nil {
+		o.a.offerLater()
+	} else {
+		o.a.offerReady()
 	}
-	return c, err
+	if err != nil {
+		if op, ok := err.(*net.OpError); ok && o.companion != nil {
+			err = o.a.opError(op.Op, op.Err) // one of two sockets, with an address of its own
+		}
+		return nil, false, err
+	}
+	inherited, finish := false, o.finish
+	if w != nil {
+		inherited, finish = w.isInherited(), w.finish
+	}
+	if finish != nil {
+		finish(c)
+	}
+	return c, inherited, nil
 }
 
-// wokenSince tells whether a timeout was a wake-up and not the user's deadline,
-// for an Accept that was counted in with state.
-func (l *Listener) wokenSince(state uint64) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	now := l.state.Load()
-	woken := state&kickedMark != 0 || now/wakeUnit != state/wakeUnit
-	return now&closedMark != 0 || woken && !l.expired()
-}
-
-// leave counts an Accept out. It is all there is to it on the fast path. It
-// returns true if the member was kicked, so that this Accept now owes a look at
-// the watched sockets.
-func (l *Listener) leave() bool {
-	state := l.state.Add(^uint64(0))
-	return state&(kickedMark|closedMark) != 0 && l.leaveMarked(state)
-}
-
-// leaveMarked is leave for a member that was kicked, closed, or both.
-func (l *Listener) leaveMarked(state uint64) bool {
-	if state&closedMark != 0 && state&countMask == 0 {
-		l.idleOnce.Do(func() { close(l.idle) })
+func (o *owner) acceptOwn() (net.Conn, error) {
+	c, err := o.tcp.AcceptTCP()
+	if err != nil {
+		return nil, err // a nil *net.TCPConn isn't a nil net.Conn
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	state = l.state.Load()
-	if state&kickedMark == 0 {
+	return c, nil
+}
+
+// look is what an Accept gets without waiting: nothing, if there is nothing.
+func (o *owner) look() (net.Conn, *watch, error) {
+	switch {
+	case o.isClosed():
+		return nil, nil, o.a.opError("accept", net.ErrClosed)
+	case o.a.ready.Load() != 0 && !o.hasOwnTurn():
+		c, w, err := o.a.takeShared()
+		if c != nil || err != nil {
+			o.ownTurn.Store(true)
+		}
+		return c, w, err
+	}
+	return nil, nil, nil
+}
+
+// hasOwnTurn tells whether its own socket has the next turn: if the last connection
+// was a shared one, and it has one too; or if the user's deadline has passed, which
+// the socket then says. Somebody else may take away what it has, so the turn is a
+// short one.
+func (o *owner) hasOwnTurn() bool {
+	turn := o.ownTurn.Swap(false) && o.s.readable()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.isClosed() || o.expiredLocked() {
+		return true
+	}
+	if turn {
+		soon := time.Now().Add(takeTimeout)
+		if !o.deadline.IsZero() && o.deadline.Before(soon) {
+			soon = o.deadline
+		}
+		o.s.ln.SetDeadline(soon)
+	}
+	return turn
+}
+
+// goOn tells whether a time-out was a wake-up. If so it puts the user's deadline
+// back, before anybody looks what it was for. That of a closed member stays.
+func (o *owner) goOn() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch {
+	case o.isClosed():
+	case o.expiredLocked():
 		return false
+	default:
+		o.s.ln.SetDeadline(o.deadline)
 	}
-	if state&closedMark == 0 {
-		l.ln.SetDeadline(l.deadline)
-	}
-	// After that: an Accept that sees no mark blames nobody else for a timeout.
-	l.state.Add(^uint64(kickedMark - 1))
 	return true
 }
 
-// kick wakes an Accept of the member, so that it looks at the watched sockets,
-// or finds one on its way already. It returns false if no Accept waits.
-func (l *Listener) kick() bool {
-	if l.state.Load()&countMask == 0 {
+// leave counts an Accept out. Another one has to look in its place then: this one
+// may be the one that was woken.
+func (o *owner) leave() {
+	if o.inside.Add(-1) == closedMark {
+		o.idleOnce.Do(func() { close(o.idle) })
+	}
+}
+
+// wake has the Accepts look. It returns false if none is in progress.
+func (o *owner) wake() bool {
+	if o.inside.Load() <= 0 {
 		return false
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if state := l.state.Load(); state&(closedMark|kickedMark) != 0 {
-		return state&closedMark == 0
-	}
-	if state := l.state.Add(kickedMark + wakeUnit); state&countMask == 0 {
-		l.state.Add(^uint64(kickedMark - 1)) // the last one has just left
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.inside.Load() <= 0 {
 		return false
 	}
-	l.ln.SetDeadline(longAgo)
+	o.s.ln.SetDeadline(longAgo)
 	return true
 }
 
-// takeShared accepts from a watched socket that is ready: nil and no error if
-// there is none, or if it is the turn of the member's own socket. That has a
-// turn only when this Accept is alone: no other can take away then what is seen
-// in the queue, and leave this one waiting there.
-func (l *Listener) takeShared(alone bool) (*net.TCPConn, error) {
-	l.mu.Lock()
-	expired := l.expired()
-	l.mu.Unlock()
-	if expired || alone && l.ownTurn.Swap(false) && l.ownReadable() {
-		return nil, nil // its own socket has the answer
+// lookAgain is wake, for the once-a-second look.
+func (o *owner) lookAgain() { o.wake() }
+
+// expiredLocked tells whether the user's deadline has passed.
+func (o *owner) expiredLocked() bool { return !o.deadline.IsZero() && !time.Now().Before(o.deadline) }
+
+func (o *owner) setDeadline(t time.Time) error {
+	o.mu.Lock()
+	if o.isClosed() {
+		o.mu.Unlock()
+		return net.ErrClosed // as net's: the only error that isn't a *net.OpError
 	}
-	shared := *l.g.shared.Load()
-	n := len(shared)
-	if l.side != nil {
-		n++
-	}
-	turn := int(l.g.turn.Add(1) % maxMembers)
-	for i := range n {
-		w := l.side
-		if j := (turn + i) % n; j < len(shared) {
-			w = shared[j]
-		}
-		c, err := w.take()
-		if c == nil && err == nil {
-			continue
-		}
-		l.ownTurn.Store(true)
-		if c != nil && w.owner == nil {
-			l.inherited.Add(1)
-		}
-		return c, err
-	}
-	return nil, nil
+	o.deadline = t
+	err := o.s.ln.SetDeadline(t)
+	o.mu.Unlock()
+	o.a.offerReady() // an Accept that was woken just before may have slept on
+	return err
 }
 
-func (l *Listener) ownReadable() bool {
-	r := false
-	l.socks[0].conn.Control(func(fd uintptr) { r = readable(fd) })
-	return r
+func (o *owner) close() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.isClosed() {
+		return nil
+	}
+	if o.inside.Add(closedMark) == closedMark {
+		o.idleOnce.Do(func() { close(o.idle) })
+	}
+	o.s.ln.SetDeadline(longAgo)
+	return o.idle
 }
 
-// expired tells whether the user's deadline has passed. It is called under l.mu.
-func (l *Listener) expired() bool {
-	return !l.deadline.IsZero() && !time.Now().Before(l.deadline)
+func (o *owner) isClosed() bool { return o.inside.Load() < 0 }
+
+// waiting returns the number of Accepts in progress.
+func (o *owner) waiting() int { return int(o.inside.Load() &^ closedMark) }
+
+// leaveBehind returns what a closed member leaves: its sockets, for siblings.
+func (o *owner) leaveBehind() []*watch {
+	if o.companion != nil {
+		o.companion.of.Store(nil) // it is shared already
+	}
+	return []*watch{newWatch(o.a, o.s, o.finish)}
+}
+
+// sockets returns those of an owner.
+func (o *owner) sockets() []*socket {
+	if o.companion == nil {
+		return []*socket{o.s}
+	}
+	return []*socket{o.s, o.companion.s}
+}
+
+func (o *owner) conns() (conns []syscall.RawConn) {
+	for _, s := range o.sockets() {
+		conns = append(conns, s.conn)
+	}
+	return conns
+}
+
+func (o *owner) listener() (net.Listener, error) {
+	if o.companion != nil {
+		return nil, hint(ErrUnsupported, "the member has an IPv4 and an IPv6 socket: use tcp4 and tcp6")
+	}
+	return o.s.ln, nil
 }

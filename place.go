@@ -1,71 +1,104 @@
 package lblisten
 
-// What an address is, as package net and the kernel understand it.
+// What an address is, as package net and the kernel understand it. Nothing here
+// knows of members or groups.
 
 import (
 	"context"
 	"errors"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"syscall"
 )
 
-// place is one address, however it was spelled.
+// A place is where sockets listen, however the address was spelled. Two sockets
+// of one place can stand in for each other; of two places they are strangers.
 type place struct {
 	network string // "tcp4", "tcp6", "tcp" for a dual-stack wildcard, "unix", "unixpacket"
-	host    string // a literal address with its zone, or a path
+	host    string // a literal address with its zone, an absolute path, or an abstract name
 	port    int
+	space   uint64 // the network namespace of the sockets; 0 for a file, and on systems without
+	device  int    // the index of the interface that they are bound to, 0 for none
 }
 
 // isNew tells whether the system is to choose the port or the name.
-func (p place) isNew() bool {
-	return p.port == 0 && p.network != "unix" && p.network != "unixpacket" || p.host == ""
-}
+func (p place) isNew() bool { return p.port == 0 && !p.isUnix() || p.host == "" }
+
+// isUnix tells whether it is a unix socket's.
+func (p place) isUnix() bool { return p.network == "unix" || p.network == "unixpacket" }
+
+// isFile tells whether it is a unix socket with a file.
+func (p place) isFile() bool { return p.isUnix() && p.host != "" && p.host[0] != '@' }
 
 // String is what to ask of package net.
 func (p place) String() string {
-	if p.network == "unix" || p.network == "unixpacket" {
+	if p.isUnix() {
 		return p.host
 	}
 	return net.JoinHostPort(p.host, strconv.Itoa(p.port))
 }
 
-// isFile tells whether an address is a unix socket with a file.
-func isFile(at place) bool {
-	return (at.network == "unix" || at.network == "unixpacket") && at.host != "" && at.host[0] != '@'
+// split returns the places of a member's sockets: two, where a dual-stack
+// socket would not be balanced.
+func (p place) split() []place {
+	if !system.splitDualStack || p.network != "tcp" {
+		return []place{p}
+	}
+	v4, v6 := p, p
+	v4.network, v4.host = "tcp4", "0.0.0.0"
+	v6.network, v6.host = "tcp6", "::"
+	return []place{v4, v6}
+}
+
+// facts are what a socket is besides its address.
+type facts struct {
+	space  uint64 // its network namespace, 0 if the system has none
+	device int    // the index of the interface that it is bound to, 0 for none
+	only   bool   // IPV6_V6ONLY
+}
+
+// A request is what one Listen asks for, as package net has understood it.
+type request struct {
+	*config
+	network   string // as the caller spelled it
+	literal   string // the address as the caller spelled it, but for names of hosts and ports
+	at        place
+	noKernel  error     // why the kernel can't balance there; nil if it can
+	keepAlive keepAlive // what a socket of its own would give to connections
+	program   bool      // its Control attaches a reuseport program
 }
 
 var errProbe = errors.New("the probe ends before bind")
 
-// resolve finds out what package net makes of an address, and whether the
-// kernel can balance there: nil, or the reason why it can't. Package net itself
-// is asked, by listening with a Control hook that sees the address and the
-// socket and then refuses: so an address means here what it means there, and a
-// bad one gets net's error.
-func resolve(ctx context.Context, network, address string) (at place, noKernel error, err error) {
-	var family, literal string
-	probe := net.ListenConfig{Control: func(n, a string, c syscall.RawConn) error {
-		family, literal = n, a
-		if n != "tcp4" && n != "tcp6" {
-			noKernel = errors.New("the kernel balances TCP only")
-			return errProbe
-		}
-		noKernel = errProbe // in case Control doesn't run
-		if err := c.Control(func(fd uintptr) { noKernel = joinKernelGroup(fd) }); err != nil {
+// resolve finds out what package net makes of an address, and whether the kernel
+// can balance there. Package net itself is asked, by listening with a Control hook
+// that sees the address and the socket, after the user's Control has set what it
+// likes, and then refuses: so an address means here what it means there, and a bad
+// one gets net's error.
+func resolve(ctx context.Context, network, address string, cfg *config) (*request, error) {
+	r := &request{config: cfg, network: network}
+	var family string
+	var is facts
+	probe := cfg.lc
+	probe.SetMultipathTCP(false)
+	probe.Control = chainControl(cfg.lc.Control, func(n, a string, c syscall.RawConn) error {
+		family, r.literal = n, a
+		r.noKernel = errProbe // in case Control doesn't run
+		if err := c.Control(func(fd uintptr) { is = r.examine(fd, n) }); err != nil {
 			return err
 		}
 		return errProbe
-	}}
-	probe.SetMultipathTCP(false)
+	})
 	switch runtime.GOOS {
 	case "plan9", "js", "wasip1": // package net calls no Control
 		a, err := net.ResolveTCPAddr(network, address)
 		if err != nil {
-			return at, nil, listenError(network, address, err)
+			return nil, listenError(network, address, err)
 		}
-		family, literal, noKernel = "tcp6", a.String(), joinKernelGroup(0)
+		family, r.literal, r.noKernel = "tcp6", a.String(), joinKernelGroup(0)
 		if a.IP.To4() != nil {
 			family = "tcp4"
 		}
@@ -76,28 +109,72 @@ func resolve(ctx context.Context, network, address string) (at place, noKernel e
 			err = errors.New("package net called no Control")
 		}
 		if !errors.Is(err, errProbe) {
-			return at, nil, err
+			return nil, listenError(network, address, err)
 		}
 	}
-	if family != "tcp4" && family != "tcp6" {
-		return place{network: family, host: literal}, noKernel, nil
+	var err error
+	if r.at, err = placeOf(network, family, r.literal, is); err != nil {
+		return nil, listenError(network, address, err)
 	}
+	return r, nil
+}
 
+// examine finds out what the probe's socket is.
+func (r *request) examine(fd uintptr, family string) facts {
+	is := factsOf(fd)
+	if family != "tcp4" && family != "tcp6" {
+		r.noKernel = errors.New("the kernel balances TCP only")
+		return is
+	}
+	r.noKernel = joinKernelGroup(fd)
+	if r.lc.Control != nil {
+		r.program = detachProgram(fd) == nil
+	}
+	_, set := lean(r.lc)
+	set(fd)
+	r.keepAlive = keepAliveOf(fd, r.lc)
+	return is
+}
+
+// placeOf returns the place of an address that package net has spelled.
+func placeOf(network, family, literal string, is facts) (place, error) {
+	at := place{network: family, host: literal, space: is.space, device: is.device}
+	if at.isFile() {
+		at.space, at.device = 0, 0 // a file is found by its path, from everywhere
+		var err error
+		at.host, err = filepath.Abs(at.host) // the directory may change
+		return at, err
+	}
+	if at.isUnix() {
+		return at, nil
+	}
 	host, port, err := net.SplitHostPort(literal)
 	if err != nil {
-		return at, nil, listenError(network, address, err)
+		return at, err
 	}
-	at = place{network: family, host: spellZone(host)}
 	if at.port, err = strconv.Atoi(port); err != nil {
-		return at, nil, listenError(network, address, err)
+		return at, err
 	}
+	at.host = spellZone(host)
 	if host == "" || host == "0.0.0.0" || host == "::" {
 		at.host = map[string]string{"tcp4": "0.0.0.0", "tcp6": "::"}[family]
-		if network == "tcp" && family == "tcp6" && runtime.GOOS != "dragonfly" && runtime.GOOS != "openbsd" {
-			at.network = "tcp" // dual-stack; DragonFly and OpenBSD have no such socket
+		if family == "tcp6" && isDualStack(network, is) {
+			at.network = "tcp"
 		}
 	}
-	return at, noKernel, nil
+	return at, nil
+}
+
+// isDualStack tells whether an IPv6 wildcard socket takes IPv4 as well. DragonFly
+// and OpenBSD have no such socket; elsewhere the user's Control has the last word.
+func isDualStack(network string, is facts) bool {
+	switch runtime.GOOS {
+	case "dragonfly", "openbsd":
+		return false
+	case "windows", "plan9", "js", "wasip1": // not asked of the socket
+		return network == "tcp"
+	}
+	return !is.only
 }
 
 // spellZone spells the zone of an address as Addr does: none but that of a
@@ -116,13 +193,4 @@ func spellZone(host string) string {
 		}
 	}
 	return host
-}
-
-// split returns the addresses of a member's sockets: two, where a dual-stack
-// socket would not be balanced.
-func (p place) split() []place {
-	if splitDualStack && p.network == "tcp" {
-		return []place{{"tcp4", "0.0.0.0", p.port}, {"tcp6", "::", p.port}}
-	}
-	return []place{p}
 }

@@ -3,7 +3,6 @@ package lblisten
 // What is one address, and what are two.
 
 import (
-	"context"
 	"net"
 	"net/netip"
 	"os"
@@ -18,7 +17,7 @@ import (
 
 // One address is one group, however it is spelled.
 func TestOneAddressIsOneGroup(t *testing.T) {
-	_, _, err := resolve(context.Background(), "tcp", "localhost:0")
+	_, _, err := resolved("tcp", "localhost:0")
 	if err != nil {
 		t.Skipf("localhost has no address here: %v", err)
 	}
@@ -147,7 +146,7 @@ func FuzzAddress(f *testing.F) {
 				return // a name, which would be looked up
 			}
 		}
-		at, _, err := resolve(context.Background(), network, address)
+		at, _, err := resolved(network, address)
 		if err != nil {
 			require.IsType(t, (*net.OpError)(nil), err)
 			_, want := net.Listen(network, address)
@@ -156,7 +155,7 @@ func FuzzAddress(f *testing.F) {
 		}
 		require.Contains(t, []string{"tcp", "tcp4", "tcp6"}, at.network)
 		require.NotEmpty(t, at.host)
-		again, _, err := resolve(context.Background(), network, at.String())
+		again, _, err := resolved(network, at.String())
 		require.NoError(t, err, "%v", at)
 		require.Equal(t, at, again)
 	})

@@ -7,9 +7,10 @@ package lblisten
 // their tests themselves, and the handoff's tests look into the handoff.
 
 import (
+	"context"
 	"net"
 	"syscall"
-	"time"
+	"testing"
 	"unsafe"
 )
 
@@ -18,26 +19,16 @@ import (
 func openAddresses() int {
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
-	return len(registry.groups)
+	return len(registry.addresses)
 }
 
 // waiting is how many Accepts of a member are in progress and wait, so that what
 // happens from now on (a connection, a deadline, Close) finds them waiting.
-func waiting(l *Listener) int {
-	if l.ln != nil {
-		return int(l.state.Load() & countMask)
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.since.Load() == leaderOnly {
-		return 1
-	}
-	return len(l.waiters)
-}
+func waiting(l *Listener) int { return l.waiting() }
 
 // socketsAt is every listening socket that this process serves at a member's
 // address: those of all members, and the shared ones.
-func socketsAt(l *Listener) []syscall.RawConn { return l.g.conns() }
+func socketsAt(l *Listener) []syscall.RawConn { return l.a.conns() }
 
 // queuesOf sums the lengths of the queues of listening sockets, and the limits in
 // force for them; both are -1 where the system doesn't tell.
@@ -51,32 +42,32 @@ func queuedAt(l *Listener) int {
 }
 
 // ownQueued tells whether a connection is queued in the member's own socket.
-func ownQueued(l *Listener) bool { return l.ownReadable() }
+func ownQueued(l *Listener) bool { return l.role.(*owner).s.readable() }
 
 // undelivered is how many connections the dispatcher of a member's address has accepted
 // and not given to anybody: those that are held for a busy member, those whose
 // Accept went away, and those on their way to one.
 func undelivered(l *Listener) int {
-	d := l.g.d
-	return int(d.holding.Load()) + int(d.loose.Load()) + len(d.leader.message)
+	d := l.a.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := len(d.hand)
+	for _, f := range d.members {
+		n += len(f.given)
+	}
+	return n
 }
 
 // slowGiver returns what gives a connection in the dispatcher's hand to a waiting Accept,
-// and tells whether one took it. It is a slow one: it has looked which members there
-// are when slowGiver is called, and doesn't hear of one that closes later.
+// and tells whether one took it.
 func slowGiver(g *Group) (give func(c net.Conn) bool) {
-	members := g.g.members.Load()
+	d := g.a.d
 	return func(c net.Conn) bool {
-		g.g.members.Store(members)
-		sent, _ := g.g.d.give(c, 1, nil, nil)
-		return sent
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.giveLocked(arrival{c: c})
 	}
 }
-
-// setRetryAfter sets how long after an error that may pass those who wait get
-// another try, at addresses that are opened from now on, and returns what puts it
-// back. An hour takes away the net under the rope: who is overlooked then hangs.
-func setRetryAfter(d time.Duration) (back func()) { return set(&retryAfter, d) }
 
 // set sets a variable, and returns what puts it back.
 func set[T any](p *T, v T) func() {
@@ -88,8 +79,7 @@ func set[T any](p *T, v T) func() {
 // countInherited and countAccepted are the two halves of what an Accept counts
 // that returns an inherited connection, in this order.
 func countInherited(l *Listener) { l.inherited.Add(1) }
-
-func countAccepted(l *Listener) { l.accepted.Add(1) }
+func countAccepted(l *Listener)  { l.accepted.Add(1) }
 
 // A hotField is what Accepts write or read all the time: the bytes from begin to
 // end of a struct, with the next other field on either side.
@@ -101,10 +91,12 @@ type hotField struct {
 // hotFields are those that need cache lines of their own.
 func hotFields() []hotField {
 	var l Listener
-	var g group
+	var o owner
+	var a address
 	return []hotField{
-		{"what every Accept of a member writes", 0, unsafe.Offsetof(l.state), unsafe.Offsetof(l.inherited) + unsafe.Sizeof(l.inherited), unsafe.Offsetof(l.g)},
-		{"what every Accept of an address reads", unsafe.Offsetof(g.failed) + unsafe.Sizeof(g.failed), unsafe.Offsetof(g.ready), unsafe.Offsetof(g.ready) + unsafe.Sizeof(g.ready), unsafe.Offsetof(g.turn)},
+		{"what every Accept of a member counts", 0, unsafe.Offsetof(l.accepted), unsafe.Offsetof(l.inherited) + unsafe.Sizeof(l.inherited), unsafe.Offsetof(l.role)},
+		{"what every Accept of an owner counts", unsafe.Offsetof(o.deadline) + unsafe.Sizeof(o.deadline), unsafe.Offsetof(o.inside), unsafe.Offsetof(o.inside) + unsafe.Sizeof(o.inside), unsafe.Sizeof(o)},
+		{"what every Accept of an address reads", unsafe.Offsetof(a.log) + unsafe.Sizeof(a.log), unsafe.Offsetof(a.ready), unsafe.Offsetof(a.ready) + unsafe.Sizeof(a.ready), unsafe.Offsetof(a.begins)},
 	}
 }
 
@@ -120,8 +112,24 @@ func setsReusePort() bool { return canReusePort }
 func handsOff() bool { return canHandoff }
 
 // mostSockets is how many sockets the kernel's group of an address can have.
-func mostSockets() int { return groupLimit }
+func mostSockets() int { return system.groupLimit }
 
 // joinsKernel makes a socket that isn't bound yet a member of the kernel's group of
 // the address that it will be bound to.
 func joinsKernel(fd uintptr) error { return joinKernelGroup(fd) }
+
+// resolved is what package net and the kernel make of an address.
+func resolved(network, address string) (at place, noKernel, err error) {
+	req, err := resolve(context.Background(), network, address, new(config))
+	if err != nil {
+		return place{}, nil, err
+	}
+	return req.at, req.noKernel, nil
+}
+
+// askAll has the dispatcher ask connections of any type for their addresses, until
+// the test ends.
+func askAll(t testing.TB) {
+	t.Helper()
+	t.Cleanup(set(&addrsOf, func(c net.Conn) (local, remote net.Addr, ok bool) { return c.LocalAddr(), c.RemoteAddr(), true }))
+}

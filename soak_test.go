@@ -645,7 +645,6 @@ func TestSoak(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip(resetOnWindows)
 	}
-	defer setRetryAfter(time.Hour)()
 	inModes(t, func(t *testing.T, m mode) {
 		var usable []endpoint
 		for _, e := range []endpoint{endpoints[0], endpoints[2]} {

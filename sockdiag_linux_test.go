@@ -37,11 +37,11 @@ func FuzzDiag(f *testing.F) {
 	f.Add([]byte{16, 0, 0, 0, unix.NLMSG_ERROR, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, false) // no errno in it
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, true)
 	f.Fuzz(func(t *testing.T, b []byte, v6 bool) {
-		a := &net.TCPAddr{IP: four, Port: 80}
+		at, ip := place{network: "tcp4", host: "127.0.0.1", port: 80}, four
 		if v6 {
-			a.IP = six
+			at, ip = place{network: "tcp6", host: "::1", port: 80}, six
 		}
-		inodes, done, err := parseDiag(b, a, v6)
+		inodes, done, err := parseDiag(b, at)
 		if err != nil || done {
 			return
 		}
@@ -49,7 +49,7 @@ func FuzzDiag(f *testing.F) {
 		if len(b)%4 != 0 || len(b) > 0 && lastDiag(b) < 0 {
 			return // the last one has no end
 		}
-		more, _, err := parseDiag(append(b[:len(b):len(b)], diagMessage(unix.SOCK_DIAG_BY_FAMILY, 80, a.IP, 99)...), a, v6)
+		more, _, err := parseDiag(append(b[:len(b):len(b)], diagMessage(unix.SOCK_DIAG_BY_FAMILY, 80, ip, 99)...), at)
 		require.NoError(t, err)
 		require.Equal(t, append(inodes, 99), more)
 	})

@@ -1,14 +1,91 @@
 package lblisten
 
-// A listening socket of the kernel's group: how it is opened, adopted, kept alive.
+// A listening socket: how it is opened, adopted, kept alive. Who accepts from it is
+// in owner.go, inherit.go and dispatch.go.
 
 import (
 	"cmp"
 	"context"
+	"io/fs"
 	"net"
-	"sync/atomic"
+	"os"
 	"syscall"
+	"time"
 )
+
+// A socket is one listening socket of an address. It never changes: what differs
+// between those who accept from it is theirs.
+type socket struct {
+	ln   socketListener
+	conn syscall.RawConn
+	fd   uintptr     // its number, for a look that does no harm if it is another's by then
+	net  string      // what package net was asked for: "tcp", "tcp4", "tcp6", "unix"
+	file fs.FileInfo // of a unix socket: the file that it was bound to; nil for none
+
+	pooled   *pooled // its place in the handoff's pool, nil without one
+	received bool    // another process opened it
+}
+
+// A socketListener is what package net makes of a socket: *net.TCPListener or
+// *net.UnixListener. None of its methods but Accept blocks.
+type socketListener interface {
+	net.Listener
+	syscall.Conn
+	SetDeadline(time.Time) error
+	File() (*os.File, error)
+}
+
+// newSocket makes a socket of what package net has opened.
+func newSocket(ln net.Listener, network string, p *pooled) (*socket, error) {
+	s := &socket{ln: ln.(socketListener), net: network, pooled: p}
+	var err error
+	if s.conn, err = s.ln.SyscallConn(); err != nil {
+		return nil, err // a nil listener
+	}
+	s.conn.Control(func(fd uintptr) { s.fd = fd })
+	if u, ok := ln.(interface{ SetUnlinkOnClose(bool) }); ok {
+		u.SetUnlinkOnClose(false) // the file may be another's by then: see removeFile
+	}
+	return s, nil
+}
+
+// readable tells whether a connection is queued in the socket now.
+func (s *socket) readable() bool {
+	r := false
+	s.conn.Control(func(fd uintptr) { r = readable(fd) })
+	return r
+}
+
+// lookAtFile returns the file of a unix socket's path, nil if there is none, or if
+// the system can't tell one file from another (Windows may not).
+func lookAtFile(at place) fs.FileInfo {
+	if !at.isFile() {
+		return nil
+	}
+	file, err := os.Lstat(at.host)
+	if err != nil || !os.SameFile(file, file) {
+		return nil
+	}
+	return file
+}
+
+// hasFile tells whether the file of a unix socket's path is still the one that the
+// socket was bound to, so that clients reach it. The inode isn't used again while
+// the socket is open.
+func (s *socket) hasFile(at place) bool {
+	if s.file == nil {
+		return true
+	}
+	file := lookAtFile(at)
+	return file != nil && os.SameFile(file, s.file)
+}
+
+// removeFile removes the file of a unix socket, unless it is another's by now.
+func (s *socket) removeFile(at place) {
+	if s.file != nil && s.hasFile(at) {
+		os.Remove(at.host)
+	}
+}
 
 // queueLengths sums queueLength over sockets; -1 if one doesn't tell.
 func queueLengths(conns []syscall.RawConn) (queued, backlog int) {
@@ -25,166 +102,189 @@ func queueLengths(conns []syscall.RawConn) (queued, backlog int) {
 	return queued, backlog
 }
 
-// A socket is one listening socket of the kernel's group.
-type socket struct {
-	ln   *net.TCPListener
-	conn syscall.RawConn
-	net  string       // what package net was asked for: "tcp", "tcp4", "tcp6"
-	slot atomic.Int32 // in the table of the steering program, plus 1
+// keepAlive is the keep-alive that connections have.
+type keepAlive = net.KeepAliveConfig
 
-	pooled   *pooled            // its place in the handoff's pool, nil without one
-	received bool               // it was opened by another process
-	restore  func(*net.TCPConn) // what its connections need, nil if nothing
-}
-
-// keepAliveOf returns the keep-alive that package net gives to the connections of
-// a listener of lc.
-func keepAliveOf(lc net.ListenConfig) net.KeepAliveConfig {
+// keepAliveAsked returns the keep-alive that package net gives to the connections
+// of a listener of lc; set is false if it leaves them alone.
+func keepAliveAsked(lc net.ListenConfig) (k keepAlive, set bool) {
 	if lc.KeepAliveConfig.Enable || lc.KeepAlive < 0 {
-		return lc.KeepAliveConfig
+		return lc.KeepAliveConfig, lc.KeepAliveConfig.Enable
 	}
-	return net.KeepAliveConfig{Enable: true, Idle: lc.KeepAlive}
+	return keepAlive{Enable: true, Idle: lc.KeepAlive}, true
 }
 
-// restoreKeepAlive returns what gives a connection the keep-alive of lc, if the
-// listener was made by net.FileListener, which knows no ListenConfig and gives it
-// the default. It returns nil if that is what lc asks for.
-func restoreKeepAlive(lc net.ListenConfig) func(*net.TCPConn) {
-	switch config := keepAliveOf(lc); config {
-	case keepAliveOf(net.ListenConfig{}):
+// finishKeepAlive returns what gives a connection its keep-alive, if the listener
+// was made by net.FileListener, which knows no ListenConfig and gives it the default.
+// It returns nil if that is what is wanted.
+func finishKeepAlive(k keepAlive) func(net.Conn) {
+	const d = 15 * time.Second
+	if k.Enable && (k.Idle == 0 || k.Idle == d) && (k.Interval == 0 || k.Interval == d) && (k.Count == 0 || k.Count == 9) {
 		return nil
-	default:
-		return func(c *net.TCPConn) {
-			if config.Enable {
-				c.SetKeepAliveConfig(config)
-			} else {
-				c.SetKeepAlive(false)
-			}
+	}
+	return func(c net.Conn) {
+		if tcp, ok := c.(*net.TCPConn); ok {
+			tcp.SetKeepAliveConfig(k)
 		}
 	}
 }
 
-// seat returns the sockets of a new member: those that closed members left,
-// else new ones.
-func (g *group) seat(ctx context.Context, cfg *config) ([]*socket, error) {
-	var socks []*socket
-	for _, at := range g.at.split() {
-		s := g.adopt(ctx, at.network)
-		if s == nil {
-			var err error
-			if s, err = g.openSocket(ctx, at, cfg); err != nil {
-				g.mu.Lock()
-				g.share(socks)
-				g.mu.Unlock()
-				return nil, err
+// seat makes an owner, of sockets that closed members left, else of new ones. It is
+// called with the turn.
+func (a *address) seat(ctx context.Context, req *request) (*owner, error) {
+	var o *owner
+	for _, at := range a.at.split() {
+		w, err := a.adoptOrOpen(ctx, at, req)
+		if err != nil {
+			if o != nil {
+				a.share(newWatch(a, o.s, o.finish))
 			}
-		} else {
-			log(cfg.log, "a new member adopted the socket of a closed one", "address", g.at)
-			if s.received {
-				s.restore = restoreKeepAlive(cfg.lc)
-			} else {
-				s.conn.Control(func(fd uintptr) { adoptKeepAlive(fd, cfg.lc) })
-			}
-			if cfg.backlogSet {
-				if err := setBacklog(s.ln, cfg.backlog); err != nil {
-					g.mu.Lock()
-					g.share(append(socks, s))
-					g.mu.Unlock()
-					return nil, err
-				}
-			}
+			return nil, err
 		}
-		socks = append(socks, s)
+		o = a.own(o, w)
 	}
-	return socks, nil
+	return o, nil
 }
 
-// openSeat opens the first sockets of a group, whose port may not be known yet.
-func (g *group) openSeat(ctx context.Context, cfg *config) ([]*socket, error) {
+// own makes an owner of a socket, or gives one a companion.
+func (a *address) own(o *owner, w *watch) *owner {
+	if o == nil {
+		return newOwner(a, w)
+	}
+	o.companion = w
+	w.of.Store(o)
+	return o
+}
+
+// adoptOrOpen returns a socket for a new member.
+func (a *address) adoptOrOpen(ctx context.Context, at place, req *request) (*watch, error) {
+	s := a.adopt(ctx, at.network)
+	if s == nil {
+		s, err := a.openSocket(ctx, at, req)
+		if err != nil {
+			return nil, err
+		}
+		return newWatch(a, s, nil), nil
+	}
+	a.note(req.log, routine, "a new member adopted the socket of a closed one", "address", a.at)
+	w := newWatch(a, s, nil)
+	if s.received {
+		w.finish = finishKeepAlive(req.keepAlive)
+	} else {
+		s.conn.Control(func(fd uintptr) { adoptKeepAlive(fd, req.keepAlive) })
+	}
+	if req.backlog != nil {
+		if err := setBacklog(s.ln, *req.backlog); err != nil {
+			a.share(w)
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// openSeat makes the first owner of an address whose port the system chooses.
+func (a *address) openSeat(ctx context.Context, req *request) (*owner, error) {
 	const tries = 16 // a port that is free for IPv4 can be taken for IPv6
 	for try := 1; ; try++ {
-		var socks []*socket
+		var o *owner
 		var err error
-		port := g.at.port
-		for _, at := range g.at.split() {
+		port := a.at.port
+		for _, at := range a.at.split() {
 			at.port = port
 			var s *socket
-			if s, err = g.openSocket(ctx, at, cfg); err != nil {
+			if s, err = a.openSocket(ctx, at, req); err != nil {
 				break
 			}
 			port = s.ln.Addr().(*net.TCPAddr).Port
-			socks = append(socks, s)
+			o = a.own(o, newWatch(a, s, nil))
 		}
-		if err == nil {
-			return socks, nil
+		switch {
+		case err == nil:
+			return o, nil
+		case o == nil:
+			return nil, err
 		}
-		for _, s := range socks {
-			s.ln.Close()
-			g.withdraw(s)
-		}
-		if len(socks) == 0 || !g.at.isNew() || !isAddrInUse(err) || try == tries {
+		a.k.discard(o.s)
+		a.withdraw(o.s.pooled)
+		if !isAddrInUse(err) || try == tries {
 			return nil, err
 		}
 	}
 }
 
 // withdraw takes a socket that nobody was told of out of the handoff's pool.
-func (g *group) withdraw(s *socket) {
-	if s.pooled != nil {
-		g.h.withdraw(s.pooled)
+func (a *address) withdraw(p *pooled) {
+	if p != nil {
+		a.h.withdraw(p)
 	}
 }
 
 // openSocket opens a socket of the kernel's group.
-func (g *group) openSocket(ctx context.Context, at place, cfg *config) (*socket, error) {
-	lc, setKeepAlive := lean(cfg.lc)
-	lc.SetMultipathTCP(false)
-	held := false
-	var p *pooled
-	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
-		var err error
-		if cerr := c.Control(func(fd uintptr) {
-			setKeepAlive(fd)
-			err = joinKernelGroup(fd)
-		}); cerr != nil || err != nil {
-			return cmp.Or(err, cerr)
-		}
-		if g.h != nil {
-			if p, err = g.h.deposit(ctx, c, g, at); err != nil {
-				return err
-			}
-		}
-		if cerr := c.Control(func(fd uintptr) {
-			held = true
-			err = g.k.control(fd)
-		}); cerr != nil {
-			return cerr
-		}
-		return err
-	})
-	network := g.network // so that errors name what was asked for
-	if at.network != g.at.network {
+func (a *address) openSocket(ctx context.Context, at place, req *request) (*socket, error) {
+	network, literal := a.network, req.literal // the kernel's group is one of equal IPV6_V6ONLY
+	if at.network != a.at.network {
 		network = at.network // one of two, see split
 	}
-	ln, err := lc.Listen(ctx, network, at.String())
-	var s *socket
-	if err == nil {
-		s = &socket{ln: ln.(*net.TCPListener), net: at.network, pooled: p}
-		s.conn, err = s.ln.SyscallConn() // fails for a nil listener only
+	if at.network != req.at.network || at.port != req.at.port { // or the system has chosen the port
+		literal = at.String()
 	}
-	if err == nil && cfg.backlogSet {
-		if err = setBacklog(ln, cfg.backlog); err != nil {
+	s, err := a.listen(ctx, network, literal, at, req)
+	if err != nil {
+		return nil, err
+	}
+	a.k.add(s)
+	return s, nil
+}
+
+// listen opens a socket, and deposits it with the handoff if there is one.
+func (a *address) listen(ctx context.Context, network, literal string, at place, req *request) (*socket, error) {
+	var p *pooled
+	lc, setKeepAlive := lean(req.lc)
+	lc.SetMultipathTCP(false)
+	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
+		var err error
+		cerr := c.Control(func(fd uintptr) {
+			if !at.isUnix() {
+				setKeepAlive(fd)
+			}
+			if a.k == nil {
+				return
+			}
+			if err = joinKernelGroup(fd); err == nil {
+				err = a.k.control(fd)
+			}
+		})
+		if cerr == nil && err == nil && a.h != nil {
+			p, err = a.h.deposit(ctx, c, a, at)
+		}
+		return cmp.Or(err, cerr)
+	})
+	// A Control that panics or exits its goroutine leaves nothing in the pool.
+	opened := false
+	defer func() {
+		if !opened {
+			a.withdraw(p)
+		}
+	}()
+	ln, err := lc.Listen(ctx, network, literal)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newSocket(ln, at.network, p)
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	s.file = lookAtFile(at)
+	if req.backlog != nil {
+		if err := setBacklog(ln, *req.backlog); err != nil {
+			s.removeFile(at)
 			ln.Close()
-			s = nil
+			return nil, err
 		}
 	}
-	if held {
-		g.k.opened(s) // only what stays open has a place in the kernel's order
-	}
-	if p != nil && err != nil {
-		g.h.withdraw(p)
-	}
-	return s, err
+	opened = true
+	return s, nil
 }
 
 // chainControl calls the user's Control first, so that ours has the last word.

@@ -1,7 +1,7 @@
 package lblisten
 
-// How a socket joins the kernel's group on DragonFly, what the kernel does with
-// the queue of a socket that goes away, and how long that queue is.
+// DragonFly: how a socket joins the kernel's group, and what the kernel does with
+// the queue of a socket that goes away.
 
 import (
 	"errors"
@@ -11,15 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	kernelOption = "SO_REUSEPORT"
-
-	// groupLimit: the socket past it listens and never gets a connection.
-	groupLimit = 256
-
-	// splitDualStack: DragonFly has no dual-stack sockets.
-	splitDualStack = false
-)
+// system: the socket past the limit listens and never gets a connection.
+// DragonFly has no dual-stack sockets.
+var system = capabilities{option: "SO_REUSEPORT", groupLimit: 256}
 
 // joinKernelGroup makes a socket that is not bound yet a member of the group of
 // the address it will be bound to. An error means that this kernel can't:
@@ -43,21 +37,14 @@ func isBalanced(fd uintptr) bool {
 	return err == nil && on != 0
 }
 
-const canPin = false
+func factsOf(fd uintptr) facts { return facts{only: isV6Only(fd)} }
 
-// letKernelInherit: the kernel need not be asked. It gives completed and
-// incomplete connections of a socket that closes to the last member of its group
-// (sys/netinet/tcp_usrreq.c).
-func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
-	return nil, nil, nil
+// kernelInherits: the kernel gives completed and incomplete connections of a socket
+// that closes to the last member of its group (sys/netinet/tcp_usrreq.c). Whether
+// another process has one can't be asked, so it isn't claimed.
+func kernelInherits() error {
+	return errors.New("DragonFly's kernel gives the queue to another process's listener, but doesn't tell whether there is one")
 }
-
-// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
-// what letKernelInherit said.
-func kernelInherits(wont error) (bool, error) { return wont == nil, wont }
-
-// keepLooking: a connection always wakes who waits for it.
-func keepLooking(func()) (stop func()) { return nil }
 
 // queueLength: DragonFly doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }

@@ -1,7 +1,6 @@
 package lblisten
 
-// How a socket joins the kernel's group on FreeBSD, what the kernel does with
-// the queue of a socket that goes away, and how long that queue is.
+// FreeBSD: how a socket joins the kernel's group, and how long its queue is.
 
 import (
 	"errors"
@@ -11,17 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	kernelOption = "SO_REUSEPORT_LB"
-
-	// groupLimit is INPCBLBGROUP_SIZMAX (sys/netinet/in_pcb.c). The socket past
-	// it binds and listens without an error and never gets a connection.
-	groupLimit = 256
-
-	// splitDualStack: a dual-stack socket never joins a group, the last one
-	// bound gets everything. An IPv4 and an IPv6-only socket balance both.
-	splitDualStack = true
-)
+// system: the limit is INPCBLBGROUP_SIZMAX (sys/netinet/in_pcb.c); the socket past it
+// binds and listens without an error and never gets a connection. A dual-stack socket
+// never joins a group, the last one bound gets everything.
+var system = capabilities{option: "SO_REUSEPORT_LB", groupLimit: 256, splitDualStack: true}
 
 const canReusePort = true
 
@@ -53,22 +45,15 @@ func isBalanced(fd uintptr) bool {
 	return err == nil && on != 0
 }
 
-const canPin = false
+func factsOf(fd uintptr) facts { return facts{only: isV6Only(fd)} }
 
-// letKernelInherit: the kernel can't be asked to give the queue of a socket that
-// closes to the rest of its group.
-func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
-	return nil, errors.New("FreeBSD's kernel resets the queue of a process that dies"), nil
+// kernelInherits tells why the kernel doesn't give the queue of a process that dies
+// to another.
+func kernelInherits() error {
+	return errors.New("FreeBSD's kernel resets the queue of a process that dies")
 }
 
-// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
-// what letKernelInherit said.
-func kernelInherits(wont error) (bool, error) { return false, wont }
-
-// keepLooking: a connection always wakes who waits for it.
-func keepLooking(func()) (stop func()) { return nil }
-
-// queueLength returns the number of connections that wait in a listening
+// queueLength returns the number of connections that are queued in a listening
 // socket, and the limit in force.
 func queueLength(fd uintptr) (queued, backlog int) {
 	const soListenQLimit = 0x1011 // SO_LISTENQLIMIT in sys/socket.h; x/sys has it as well

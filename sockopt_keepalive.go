@@ -14,30 +14,51 @@ import (
 )
 
 // lean takes the keep-alive out of lc, and returns what sets it on a listening
-// socket.
+// socket. What lc leaves alone stays what the user's Control has made of it.
 func lean(lc net.ListenConfig) (net.ListenConfig, func(fd uintptr)) {
-	config := keepAliveOf(lc)
+	config, set := keepAliveAsked(lc)
 	lc.KeepAlive, lc.KeepAliveConfig = -1, net.KeepAliveConfig{}
 	return lc, func(fd uintptr) {
-		if config.Enable { // else it stays what the user's Control has made of it
+		if set {
 			setKeepAlive(int(fd), config)
 		}
 	}
 }
 
-// adoptKeepAlive sets the keep-alive of lc on a listening socket that had another.
-func adoptKeepAlive(fd uintptr, lc net.ListenConfig) {
-	if config := keepAliveOf(lc); config.Enable {
-		setKeepAlive(int(fd), config)
-	} else {
-		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 0)
+// keepAliveOf reads the keep-alive of a listening socket.
+func keepAliveOf(fd uintptr, _ net.ListenConfig) keepAlive {
+	get := func(level, opt int) int {
+		n, _ := unix.GetsockoptInt(int(fd), level, opt)
+		return n
 	}
+	return keepAlive{
+		Enable:   get(unix.SOL_SOCKET, unix.SO_KEEPALIVE) != 0, // FreeBSD returns the option's bit
+		Idle:     time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE)) * time.Second,
+		Interval: time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)) * time.Second,
+		Count:    get(unix.IPPROTO_TCP, unix.TCP_KEEPCNT),
+	}
+}
+
+// adoptKeepAlive gives a listening socket the keep-alive that a new one would have.
+func adoptKeepAlive(fd uintptr, k keepAlive) {
+	on := 0
+	if k.Enable {
+		on = 1
+	}
+	unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, on)
+	setKeepAliveTimes(int(fd), k)
 }
 
 // setKeepAlive does what net.TCPConn.SetKeepAliveConfig does: 0 is package net's
 // default, a negative value leaves the system's. As there, what the system
 // refuses ends it, and as in package net's Accept nobody hears of it.
 func setKeepAlive(fd int, config net.KeepAliveConfig) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1) == nil {
+		setKeepAliveTimes(fd, config)
+	}
+}
+
+func setKeepAliveTimes(fd int, config net.KeepAliveConfig) {
 	seconds := func(d time.Duration) int {
 		if d == 0 {
 			d = 15 * time.Second
@@ -49,15 +70,14 @@ func setKeepAlive(fd int, config net.KeepAliveConfig) {
 		count = 9
 	}
 	for _, o := range []struct {
-		set               bool
-		level, opt, value int
+		set        bool
+		opt, value int
 	}{
-		{true, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{config.Idle >= 0, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds(config.Idle)},
-		{config.Interval >= 0, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(config.Interval)},
-		{count > 0, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, count},
+		{config.Idle >= 0, unix.TCP_KEEPIDLE, seconds(config.Idle)},
+		{config.Interval >= 0, unix.TCP_KEEPINTVL, seconds(config.Interval)},
+		{count > 0, unix.TCP_KEEPCNT, count},
 	} {
-		if o.set && unix.SetsockoptInt(fd, o.level, o.opt, o.value) != nil {
+		if o.set && unix.SetsockoptInt(fd, unix.IPPROTO_TCP, o.opt, o.value) != nil {
 			return
 		}
 	}

@@ -1,25 +1,18 @@
 package lblisten
 
-// How a socket joins the kernel's group on Linux, what the kernel does with
-// the queue of a socket that goes away, and how long that queue is.
+// Linux: how a socket joins the kernel's group, what it is besides its address,
+// and how long its queue is.
 
 import (
-	"bytes"
+	"net"
 	"os"
 
 	"golang.org/x/sys/unix"
 )
 
-const (
-	kernelOption = "SO_REUSEPORT"
-
-	// groupLimit is the most sockets the kernel takes into a group; past it
-	// listen fails with ENOMEM, so nothing is starved.
-	groupLimit = maxMembers
-
-	// splitDualStack: a dual-stack socket is a good member here.
-	splitDualStack = false
-)
+// system: past the limit of sockets in a group listen fails with ENOMEM, so nobody
+// is starved.
+var system = capabilities{option: "SO_REUSEPORT", groupLimit: maxMembers, pinned: true}
 
 // joinKernelGroup makes a socket that is not bound yet a member of the group of
 // the address it will be bound to. An error means that this kernel can't.
@@ -35,42 +28,45 @@ func isBalanced(fd uintptr) bool {
 	return err == nil && on != 0
 }
 
-const canPin = true
-
-// migrateSysctl makes the kernel migrate without a program, from Linux 5.14, for
-// IPv6 as well. It belongs to a network namespace.
-const migrateSysctl = "net.ipv4.tcp_migrate_req"
-
-// letKernelInherit makes the kernel give the queue of a socket that closes to
-// the rest of its group, by a BPF program: the one pinned at a path, which must
-// work then, or one that it loads. It returns why the kernel won't, and what to
-// do when the group ends. The program must be attached after listen: on a group
-// whose first socket doesn't listen yet it makes every later bind or listen fail
-// with EADDRINUSE.
-func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
-	if pinned != "" {
-		return nil, nil, usePinned(int(fd), pinned)
+// factsOf tells what a socket is besides its address.
+func factsOf(fd uintptr) (is facts) {
+	var err error
+	if is.space, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err != nil {
+		is.space = threadSpace() // before Linux 5.14
 	}
-	if wont = useMigration(int(fd)); wont != nil {
-		return nil, wont, nil
+	if is.device, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX); err != nil {
+		is.device = deviceByName(fd) // before Linux 5.1
 	}
-	return dropMigration, nil, nil
+	only, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+	is.only = err == nil && only != 0
+	return is
 }
 
-// kernelInherits tells whether the kernel inherits now, and if not, why: wont is
-// what letKernelInherit said.
-func kernelInherits(wont error) (bool, error) {
-	if wont == nil {
-		return true, nil
+// threadSpace returns the inode of the network namespace of the calling thread, in
+// which a socket that it has just made is.
+func threadSpace() uint64 {
+	var st unix.Stat_t
+	if unix.Stat("/proc/thread-self/ns/net", &st) != nil {
+		return 0
 	}
-	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_migrate_req") // of this thread's network namespace
-	if err == nil && string(bytes.TrimSpace(b)) == "1" {
-		return true, nil
-	}
-	return false, wont
+	return st.Ino
 }
 
-// queueLength returns the number of connections that wait in a listening
+// deviceByName returns the index of the interface that a socket is bound to. One
+// that is no more has none, and so no socket can be taken for one of it: -1.
+func deviceByName(fd uintptr) int {
+	name, err := unix.GetsockoptString(int(fd), unix.SOL_SOCKET, unix.SO_BINDTODEVICE)
+	if err != nil || name == "" {
+		return 0
+	}
+	ifi, err := net.InterfaceByName(name)
+	if err != nil {
+		return -1
+	}
+	return ifi.Index
+}
+
+// queueLength returns the number of connections that are queued in a listening
 // socket, and the limit in force. Both are fields of TCP_INFO that mean
 // something else on a connection (tcp_get_info in net/ipv4/tcp.c).
 func queueLength(fd uintptr) (queued, backlog int) {

@@ -9,11 +9,7 @@ import (
 	"runtime"
 )
 
-const (
-	kernelOption   = "kernel"
-	groupLimit     = maxMembers
-	splitDualStack = false
-)
+var system = capabilities{option: "kernel", groupLimit: maxMembers}
 
 // joinKernelGroup always fails: with SO_REUSEPORT one socket gets everything on
 // macOS, NetBSD and OpenBSD, other systems have no such option, or balance only
@@ -24,16 +20,10 @@ func joinKernelGroup(fd uintptr) error {
 
 func isBalanced(fd uintptr) bool { return false }
 
-const canPin = false
+func factsOf(fd uintptr) facts { return facts{only: isV6Only(fd)} }
 
-// letKernelInherit and kernelInherits are not asked: the kernel balances nothing.
-func letKernelInherit(fd uintptr, pinned string) (done func(), wont, err error) {
-	return nil, nil, ErrUnsupported
-}
-
-func kernelInherits(wont error) (bool, error) { return false, wont }
-
-func keepLooking(func()) (stop func()) { return nil }
+// kernelInherits is not asked: the kernel balances nothing.
+func kernelInherits() error { return ErrUnsupported }
 
 // queueLength: the system doesn't tell.
 func queueLength(fd uintptr) (queued, backlog int) { return -1, -1 }

@@ -6,6 +6,7 @@ package lblisten
 
 import (
 	"errors"
+	"math"
 	"net"
 	"os"
 	"syscall"
@@ -25,7 +26,8 @@ func control(c syscall.RawConn, f func(fd uintptr) error) error {
 }
 
 // setBacklog calls listen(2) again on a listening socket, which changes the
-// length of its queue and nothing else.
+// length of its queue and nothing else. The kernel takes an int of C, and cuts what is
+// past its own limit.
 func setBacklog(ln net.Listener, n int) error {
 	sc, ok := ln.(syscall.Conn)
 	if !ok {
@@ -36,11 +38,23 @@ func setBacklog(ln net.Listener, n int) error {
 		return err
 	}
 	return control(c, func(fd uintptr) error {
-		return os.NewSyscallError("listen", unix.Listen(int(fd), n))
+		return os.NewSyscallError("listen", unix.Listen(int(fd), min(n, math.MaxInt32)))
 	})
 }
 
-// readable tells whether a connection waits in a listening socket. It doesn't
+// isV6Only tells whether an IPv6 socket takes no IPv4.
+func isV6Only(fd uintptr) bool {
+	on, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+	return err == nil && on != 0
+}
+
+// hasKeepAlive tells whether SO_KEEPALIVE is set.
+func hasKeepAlive(fd uintptr) bool {
+	on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+	return err == nil && on != 0
+}
+
+// readable tells whether a connection is queued in a listening socket. It doesn't
 // block.
 func readable(fd uintptr) bool {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
@@ -57,18 +71,3 @@ func readable(fd uintptr) bool {
 }
 
 func isAddrInUse(err error) bool { return errors.Is(err, unix.EADDRINUSE) }
-
-// isPassing tells whether a failed accept is worth trying again: the system or
-// the process is short of something, or the connection was gone already.
-func isPassing(err error) bool {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
-		switch errno {
-		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EINTR, unix.EAGAIN,
-			unix.ECONNABORTED, unix.ECONNRESET, unix.EPERM, unix.EPROTO, unix.ENETDOWN,
-			unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ETIMEDOUT:
-			return true
-		}
-	}
-	return isTemporary(err)
-}

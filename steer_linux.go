@@ -1,27 +1,32 @@
 package lblisten
 
-// Steering between the kernel's sockets on Linux, by CPU without a program, else
-// by a program that names sockets. Which program is in bpf_linux.go; here is when
-// it is in force: only while every socket of the kernel's group is one of this
-// process, because it would starve the others.
+// Steering between the kernel's sockets on Linux: which program is attached to the
+// kernel's group of an address, and when. Programs are in bpf_linux.go, the table
+// that one of them looks up in steertable_linux.go, who else listens in
+// sockdiag_linux.go.
 //
-// With CAP_BPF the program looks the socket up in a table, which user space
-// fills by rendezvous hashing, and migrates too. Without, it is a classic one
-// that names sockets by their place in the kernel's group, of which a mirror is
-// kept: a socket is appended by listen(2), and close(2) moves the last one into
-// the hole (net/core/sock_reuseport.c).
+// There is one program for a group; whoever attaches last wins, nobody can ask what is
+// attached, and it outlives its process while others are in the group. So as little as
+// possible is attached. By flow and CPU it is the migrating program, once, after the
+// first socket listens, if the process has CAP_BPF. By source and load it is one that
+// names sockets, and only while every socket of the group is one of this process,
+// because it would starve the others: with CAP_BPF one that looks them up in a table
+// and migrates too, otherwise a classic one that chooses by source between all places of
+// the group.
+//
+// A classic program is freed at once when it is replaced or detached, while packets may
+// still run it, on kernels without 18fc650ccd7f of 2026 (CVE-2026-52910). So it is
+// replaced only when the number of sockets has changed, which a member that closes
+// doesn't: its socket keeps its place, and siblings serve it.
 
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"slices"
-	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
-	cbpf "golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -29,22 +34,40 @@ import (
 // nothing was steered to it, before it is closed.
 const retireAfter = 3 * time.Second
 
-// kernelSteering is the steering of one group. Its fields are guarded by
-// group.mu, but for what says otherwise.
+// kernelSteering is the steering of one address. Its fields are the turn's, but for
+// what is published.
 type kernelSteering struct {
-	g     *group
-	table *steerTable // nil without CAP_BPF
-	since time.Time   // when a program came into force; zero while none is
-	why   error       // why none is, although it should be
-	tried bool        // to get a table, by flow
-	moved bool        // a stranger was in the kernel's group: the mirror is worth nothing
+	a      *address
+	space  *netspace
+	has    program     // what this address has attached
+	places int         // that a classic program chooses between
+	table  *steerTable // nil without CAP_BPF, and by flow and CPU
+	since  time.Time   // when the table came into force
+	leaves []uint32    // inodes of the sockets that the end closes
 
-	retiring sync.Mutex // held while a socket is retired; comes before group.mu
-	mirror   struct {
-		sync.Mutex // held over bind, listen and close of the group's sockets
-		order      []*socket
-	}
-	sampler sampler
+	opened  []*socket // those that this process has opened and not closed; guarded by a.mu
+	now     atomic.Pointer[inForce]
+	sampler *sampler // nil but for SteerLoad
+	stop    func()   // ends the once-a-second look
+}
+
+// A program is what is attached to the kernel's group, as far as this process knows.
+type program int
+
+const (
+	noProgram program = iota // the kernel's hash
+	migrating                // the kernel's hash, and the queue of a socket that closes goes to another
+	byTable                  // the one that looks up sockets in a table, and migrates
+	byPlace                  // the classic one that names places
+	pinned                   // the one of WithPinnedProgram
+	usersOwn                 // the user's Control attaches one, which is left alone
+)
+
+// inForce is what Info says, published when it changes.
+type inForce struct {
+	program     program
+	notSteered  error // why SteerSource or SteerLoad isn't in force
+	noMigration error // why no program migrates
 }
 
 // kernelSteers tells whether this kernel can steer so at all: nil, or why not.
@@ -65,14 +88,76 @@ func atLeastLinux(major, minor int) bool {
 	return ma > major || ma == major && mi >= minor
 }
 
-// setCPU gives a new socket the CPU that fewest sockets of the group have.
+// newKernelSteering prepares the steering of an address that has no socket yet. It
+// fails if it can't be had.
+func newKernelSteering(a *address, req *request) (*kernelSteering, error) {
+	k := &kernelSteering{a: a, space: enterSpace(a.at.space)}
+	k.publish(nil, nil)
+	ready := false
+	defer func() {
+		if !ready {
+			k.close()
+		}
+	}()
+	if req.program {
+		k.has = usersOwn
+		k.publish(nil, errors.New("the program that Control attaches is left alone, so the one that lets the kernel inherit isn't attached"))
+	}
+	if a.steering.byProgram() {
+		if req.pinned != nil {
+			return nil, fmt.Errorf("steering by %v is %w together with WithPinnedProgram: the address has one program", a.steering, ErrUnsupported)
+		}
+		if !a.at.isNew() {
+			switch others, err := k.strangers(); {
+			case err != nil:
+				return nil, fmt.Errorf("steering by %v: it can't be told who else listens: %w", a.steering, err)
+			case others > 0:
+				return nil, fmt.Errorf("steering by %v is %w on an address on which others listen: they would get nothing", a.steering, ErrUnsupported)
+			}
+		}
+		var err error
+		if k.table, err = newSteerTable(a.steering); err != nil && a.steering == SteerLoad {
+			return nil, fmt.Errorf("steering by load is %w here: loading its program: %w; give the process CAP_BPF, or use WithDispatcher", ErrUnsupported, err)
+		}
+		k.publish(nil, noPrivilege(err))
+	}
+	if a.steering == SteerLoad {
+		k.sampler = startSampler(a, k.table)
+	}
+	k.stop = keepLooking(a)
+	ready = true
+	return k, nil
+}
+
+// noPrivilege says what a classic program means for inheritance.
+func noPrivilege(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("a classic program steers, in the place of the one that lets the kernel inherit (%w): give the process CAP_BPF for both, or set %s=1", err, migrateSysctl)
+}
+
+// publish says what is in force from now on.
+func (k *kernelSteering) publish(notSteered, noMigration error) {
+	k.now.Store(&inForce{k.has, notSteered, noMigration})
+}
+
+// control is called between socket(2) and bind(2) of a new socket.
+func (k *kernelSteering) control(fd uintptr) error {
+	if k.a.steering == SteerCPU {
+		return k.setCPU(fd)
+	}
+	return nil
+}
+
+// setCPU gives a new socket the CPU that fewest sockets of the address have.
 func (k *kernelSteering) setCPU(fd uintptr) error {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
 		return os.NewSyscallError("sched_getaffinity", err)
 	}
 	users := make(map[int]int)
-	for _, s := range k.mirror.order {
+	for _, s := range k.open() {
 		s.conn.Control(func(fd uintptr) {
 			if cpu, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_INCOMING_CPU); err == nil {
 				users[cpu]++
@@ -88,320 +173,229 @@ func (k *kernelSteering) setCPU(fd uintptr) error {
 	return os.NewSyscallError("setsockopt SO_INCOMING_CPU", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_INCOMING_CPU, best))
 }
 
-// steer puts the program in force that fits the members as they are now, or none
-// if it may not be. It is called under group.mu after every join and leave, and
-// once a second.
-func (k *kernelSteering) steer() {
-	g := k.g
-	var owned, surplus []*socket
-	for _, l := range *g.members.Load() {
-		owned = append(owned, l.socks...)
-	}
-	for _, w := range *g.shared.Load() {
-		surplus = append(surplus, w.s)
-	}
-	byProgram := g.steering == SteerSource || g.steering == SteerLoad
-	if len(owned) == 0 || !byProgram && (len(surplus) == 0 || g.steering == SteerCPU) {
-		k.letGo(nil)
+// add is called for each new socket, after listen(2).
+func (k *kernelSteering) add(s *socket) {
+	k.a.mu.Lock()
+	defer k.a.mu.Unlock()
+	k.opened = append(k.opened, s)
+}
+
+// drop is called for each socket that was closed while the address goes on.
+func (k *kernelSteering) drop(s *socket) {
+	k.a.mu.Lock()
+	defer k.a.mu.Unlock()
+	k.opened = slices.DeleteFunc(k.opened, func(x *socket) bool { return x == s })
+}
+
+// open returns the sockets that this process has opened and not closed.
+func (k *kernelSteering) open() []*socket {
+	k.a.mu.Lock()
+	defer k.a.mu.Unlock()
+	return slices.Clone(k.opened)
+}
+
+// begin attaches what lets the kernel inherit, where no program steers, when the first
+// socket listens: before, every later bind or listen would fail with EADDRINUSE. A
+// newcomer that attaches nothing takes off what a process that has ended may have left
+// on the group: it names sockets that are no more, and would starve this one's.
+func (k *kernelSteering) begin(s *socket, req *request) {
+	if k.has == usersOwn || k.a.steering.byProgram() || req.pinned != nil {
 		return
 	}
-	k.mirror.Lock()
-	defer k.mirror.Unlock()
-	strangers, err := k.strangers()
-	switch {
+	err := onSocket(s, useMigration)
+	if err == nil {
+		k.has = migrating
+	} else if others, _ := k.strangers(); others > 0 {
+		onSocket(s, func(fd int) error { return detachProgram(uintptr(fd)) })
+	}
+	k.publish(nil, err)
+}
+
+// pin attaches a pinned program, in the place of any other.
+func (k *kernelSteering) pin(s *socket, path string) error {
+	if err := onSocket(s, func(fd int) error { return usePinned(fd, path) }); err != nil {
+		return err
+	}
+	k.giveUpMigration()
+	k.has = pinned
+	k.publish(nil, nil)
+	return nil
+}
+
+func (k *kernelSteering) giveUpMigration() {
+	if k.has == migrating {
+		dropMigration()
+	}
+}
+
+// settle puts the program in force that fits the members as they are now, or none if
+// it may not be.
+func (k *kernelSteering) settle() {
+	if !k.a.steering.byProgram() {
+		return
+	}
+	switch others, err := k.strangers(); {
 	case err != nil:
-		k.letGo(fmt.Errorf("who else is in the kernel's group is not to be found out: %w", err))
-	case strangers > 0:
-		k.moved = true
-		k.letGo(fmt.Errorf("steering by %v would starve others: %d of the sockets in the kernel's group are not this process's", g.steering, strangers))
+		k.letGo(fmt.Errorf("it can't be told who else is in the kernel's group: %w", err))
+	case others > 0:
+		k.letGo(fmt.Errorf("steering by %v would starve others: %d of the sockets in the kernel's group are not this process's", k.a.steering, others))
 	default:
-		if err := k.attach(owned); err != nil {
+		if err := k.attach(); err != nil {
 			k.letGo(err)
-			return
-		}
-		k.why = nil
-		if k.since.IsZero() {
-			k.since = time.Now()
 		}
 	}
 }
 
-// letGo takes the program out of force, in favour of the migrating one if the
-// group has that.
-func (k *kernelSteering) letGo(why error) {
-	k.why = why
-	if k.since.IsZero() {
-		return
+// attach makes new connections go to the members' sockets, or by place to all.
+func (k *kernelSteering) attach() error {
+	var owned []*socket
+	for _, l := range *k.a.members.Load() {
+		owned = append(owned, l.role.(*owner).sockets()...)
 	}
-	k.since = time.Time{}
-	members := *k.g.members.Load()
-	if len(members) == 0 {
-		return
+	if len(owned) == 0 {
+		return nil // the address is ending
 	}
-	members[0].socks[0].conn.Control(func(fd uintptr) {
-		if k.g.undo == nil || reattachMigration(int(fd)) != nil {
-			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0)
-		}
-	})
-}
-
-// replaced notes that a pinned program took the place of ours. It is called under
-// group.mu.
-func (k *kernelSteering) replaced() { k.since, k.why = time.Time{}, nil }
-
-// attach makes new connections go to the owned sockets. It is called under
-// mirror.
-func (k *kernelSteering) attach(owned []*socket) error {
+	had := k.has
 	if k.table != nil {
 		if err := k.table.fill(owned); err != nil {
 			return err
 		}
-		if !k.since.IsZero() {
-			return nil // it is in force and reads the table
+		if k.has != byTable {
+			if err := onSocket(owned[0], func(fd int) error { return attachProgram(fd, k.table.program) }); err != nil {
+				return err
+			}
+			k.giveUpMigration()
+			k.has, k.since = byTable, time.Now()
 		}
-		return onSocket(owned[0], func(fd int) error { return attachProgram(fd, k.table.program) })
+	} else if places := len(k.open()); k.has != byPlace || places != k.places {
+		if err := onSocket(owned[0], func(fd int) error { return attachClassic(fd, places) }); err != nil {
+			return err
+		}
+		k.has, k.places = byPlace, places
 	}
-	switch {
-	case k.g.steering == SteerLoad:
-		return fmt.Errorf("steering by load takes a program with maps: %w; give the process CAP_BPF", ErrUnsupported)
-	case k.moved:
-		return errors.New("others were in the kernel's group, so the order of its sockets is not known any more; with CAP_BPF it would not matter")
+	if k.has != had {
+		k.publish(nil, k.now.Load().noMigration)
+		k.a.note(k.a.log, routine, "a program steers", "address", k.a.at, "by", k.a.steering)
 	}
-	return k.attachClassic(owned)
+	return nil
 }
 
-// attachClassic attaches a program that chooses between some of the sockets. It
-// is called under mirror.
-func (k *kernelSteering) attachClassic(some []*socket) error {
-	var live []int
-	for i, s := range k.mirror.order {
-		if slices.Contains(some, s) {
-			live = append(live, i)
+// letGo takes the program out of force, in favour of the migrating one if that can be
+// had.
+func (k *kernelSteering) letGo(why error) {
+	before := k.now.Load()
+	members := *k.a.members.Load()
+	if (k.has == byTable || k.has == byPlace) && len(members) > 0 {
+		s := members[0].role.(*owner).s
+		if k.table != nil && onSocket(s, useMigration) == nil {
+			k.has = migrating
+		} else {
+			onSocket(s, func(fd int) error { return detachProgram(uintptr(fd)) })
+			k.has = noProgram
 		}
 	}
-	program, err := cbpf.Assemble(classicProgram(k.g.steering, live))
-	if err != nil {
-		return fmt.Errorf("assembling a program for %d sockets: %w", len(live), err)
-	}
-	code := make([]unix.SockFilter, len(program))
-	for i, in := range program {
-		code[i] = unix.SockFilter{Code: in.Op, Jt: in.Jt, Jf: in.Jf, K: in.K}
-	}
-	return onSocket(some[0], func(fd int) error {
-		return os.NewSyscallError("setsockopt SO_ATTACH_REUSEPORT_CBPF", unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET,
-			unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}))
-	})
-}
-
-func onSocket(s *socket, f func(fd int) error) error {
-	var err error
-	if cerr := s.conn.Control(func(fd uintptr) { err = f(int(fd)) }); cerr != nil {
-		return cerr
-	}
-	return err
-}
-
-// retire closes sockets of closed members that nothing is steered to any more,
-// when they have been quiet for long enough. It is called once a second, without
-// a lock.
-func (k *kernelSteering) retire() {
-	for k.retireOne() {
-		log(k.g.log, "the socket of a closed member is quiet and was closed", "address", k.g.addr)
-		k.g.mu.Lock()
-		k.steer()
-		k.g.mu.Unlock()
+	k.publish(why, before.noMigration)
+	if before.notSteered == nil {
+		k.a.note(k.a.log, trouble, "no program steers any more", "address", k.a.at, "reason", why)
 	}
 }
 
-func (k *kernelSteering) retireOne() bool {
-	k.retiring.Lock()
-	defer k.retiring.Unlock()
-	w := k.takeQuiet()
-	if w == nil {
-		return false
+// tick is called once a second, where a program steers.
+func (k *kernelSteering) tick() {
+	k.settle()
+	for k.has == byTable && time.Since(k.since) >= retireAfter {
+		w := k.quiet()
+		if w == nil || !k.a.unshare(w) {
+			return
+		}
+		k.discard(w.s)
+		k.a.note(k.a.log, routine, "the socket of a closed member is quiet and was closed", "address", k.a.at)
 	}
-	w.stop()
-	k.discard(w.s)
-	return true
+}
+
+// quiet returns the socket of a closed member that can be closed: nothing has been
+// queued in it for a while, and nothing is steered to it. What is half-open migrates.
+func (k *kernelSteering) quiet() *watch {
+	for _, w := range *k.a.shared.Load() {
+		if !w.ready.Load() && !w.s.readable() && time.Since(began)-time.Duration(w.used.Load()) >= retireAfter {
+			return w
+		}
+	}
+	return nil
 }
 
 // discard closes a socket that is not shared any more.
 func (k *kernelSteering) discard(s *socket) {
-	k.mirror.Lock()
-	defer k.mirror.Unlock()
+	inodes := inodesOf([]*socket{s})
 	s.ln.Close()
-	k.removed(s)
-}
-
-// takeQuiet takes a socket out of the group that can be closed without anything
-// being steered to it, before or after: with the table that is any; with a
-// classic program the last place goes, and what is there moves into the hole.
-func (k *kernelSteering) takeQuiet() *watch {
-	g := k.g
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if k.since.IsZero() || g.dying || time.Since(k.since) < retireAfter {
-		return nil
-	}
-	k.mirror.Lock()
-	defer k.mirror.Unlock()
-	last := k.mirror.order[len(k.mirror.order)-1]
-	var quiet []*watch
-	for _, w := range *g.shared.Load() {
-		if !w.ready.Load() && !w.readable() && time.Since(began)-time.Duration(w.used.Load()) >= retireAfter {
-			quiet = append(quiet, w)
-		}
-	}
-	if len(quiet) == 0 {
-		return nil
-	}
-	w := quiet[0]
-	if i := slices.IndexFunc(quiet, func(w *watch) bool { return w.s == last }); i >= 0 {
-		w = quiet[i] // no other socket moves
-	} else if k.table == nil {
-		var others []*socket
-		for _, l := range *g.members.Load() {
-			for _, s := range l.socks {
-				if s != last {
-					others = append(others, s)
-				}
-			}
-		}
-		if len(others) == 0 || len(*g.shared.Load()) > 1 && slices.ContainsFunc(*g.shared.Load(), func(w *watch) bool { return w.s == last }) {
-			// Nobody else can stand in while the only member, or a socket that isn't
-			// quiet yet, moves. Whatever strays to another socket in that instant
-			// starts its quiet time anew.
-			k.since = time.Now()
-		} else if k.attachClassic(others) != nil {
-			return nil
-		}
-	}
-	rest := slices.DeleteFunc(slices.Clone(*g.shared.Load()), func(x *watch) bool { return x == w })
-	g.shared.Store(&rest)
-	return w
-}
-
-// removed follows what close(2) does to the order of the kernel's group. It is
-// called under mirror.
-func (k *kernelSteering) removed(s *socket) {
-	order := k.mirror.order
-	if i := slices.Index(order, s); i >= 0 {
-		order[i] = order[len(order)-1]
-		k.mirror.order = order[:len(order)-1]
-	}
+	k.drop(s)
 	if k.table != nil {
 		k.table.drop(s)
 	}
+	k.space.lingerIfListed(k.a.at, inodes)
 }
 
-// newKernelSteering prepares the steering of a group that has no socket yet. It
-// fails if it can't be had.
-func newKernelSteering(g *group, cfg *config) (*kernelSteering, error) {
-	k := &kernelSteering{g: g}
-	if g.steering != SteerSource && g.steering != SteerLoad {
-		return k, nil
+// bell returns what an Accept is to call when it returns a connection; nil for nothing.
+func (k *kernelSteering) bell() func() {
+	if k.sampler == nil {
+		return nil
 	}
-	if cfg.pinnedSet {
-		return nil, fmt.Errorf("steering by %v is %w together with WithPinnedProgram: the address has one program", g.steering, ErrUnsupported)
+	return k.sampler.awake
+}
+
+// inForce returns the steering that is in force, and why it isn't what was asked for.
+func (k *kernelSteering) inForce() (Steering, error) {
+	if why := k.now.Load().notSteered; why != nil {
+		return SteerFlow, why
 	}
-	if !g.at.isNew() {
-		host, _, _ := strings.Cut(g.at.host, "%")
-		there, err := listeningOn(&net.TCPAddr{IP: net.ParseIP(host), Port: g.at.port}, g.at.network != "tcp4")
-		if err != nil {
-			return nil, fmt.Errorf("steering by %v: who else listens is not to be found out: %w", g.steering, err)
+	return k.a.steering, nil
+}
+
+// inherits tells whether the kernel would give the queue of this process to another
+// one: nil, or why not. others are the sockets of other processes in the kernel's group.
+func (k *kernelSteering) inherits() (others int, err error) {
+	now := k.now.Load()
+	others, err = k.strangers()
+	switch migrates := now.program == migrating || now.program == byTable || now.program == pinned; {
+	case err != nil:
+		return 0, fmt.Errorf("it can't be told who else is in the kernel's group: %w", err)
+	case !migrates && !k.space.migrates():
+		return others, now.noMigration
+	case others == 0:
+		return 0, errors.New("no other process has a socket in the kernel's group")
+	}
+	return others, nil
+}
+
+// leave is called before the last sockets are closed. A classic program would go on
+// for the others in the group, and starve them.
+func (k *kernelSteering) leave(socks []*socket) {
+	if k.has == byPlace && len(socks) > 0 {
+		if others, err := k.strangersBut(socks); others > 0 || err != nil {
+			onSocket(socks[0], func(fd int) error { return detachProgram(uintptr(fd)) })
 		}
-		if len(there) > 0 {
-			return nil, fmt.Errorf("steering by %v is %w on an address on which others listen: they would get nothing", g.steering, ErrUnsupported)
-		}
 	}
-	var err error
-	if k.table, err = newSteerTable(g.steering); err != nil && g.steering == SteerLoad {
-		return nil, fmt.Errorf("steering by load is %w here: loading its program: %w; give the process CAP_BPF, or use WithDispatcher", ErrUnsupported, err)
-	}
-	return k, nil
-}
-
-// control is called between socket(2) and bind(2) of a new socket. It holds the
-// mirror, until opened.
-func (k *kernelSteering) control(fd uintptr) error {
-	k.mirror.Lock()
-	if k.g.steering == SteerCPU {
-		return k.setCPU(fd)
-	}
-	return nil
-}
-
-// opened is called after listen(2), with nil if that failed.
-func (k *kernelSteering) opened(s *socket) {
-	if s != nil {
-		k.mirror.order = append(k.mirror.order, s)
-	}
-	k.mirror.Unlock()
-}
-
-// changed is called under group.mu when members have come or gone. By flow there
-// is nothing to do at once: what closed members leave is often adopted soon.
-func (k *kernelSteering) changed() {
-	if k.g.steering == SteerSource || k.g.steering == SteerLoad {
-		k.steer()
-	}
-	if k.g.steering == SteerLoad {
-		k.start()
+	if k.a.steering.byProgram() {
+		k.leaves = inodesOf(socks)
 	}
 }
 
-// tick is called once a second, without a lock.
-func (k *kernelSteering) tick() {
-	g := k.g
-	g.mu.Lock()
-	if g.dying || g.pinned || g.h != nil { // other processes hold the sockets too
-		g.mu.Unlock()
-		return
-	}
-	if g.steering == SteerFlow && k.table == nil && !k.tried && len(*g.shared.Load()) > 0 {
-		k.tried = true
-		k.table, _ = newSteerTable(SteerFlow) // without it, a classic program
-	}
-	k.steer()
-	g.mu.Unlock()
-	k.retire()
-}
-
-// onAccept is what a member's Accept calls when it returns a connection; nil for
-// nothing.
-func (k *kernelSteering) onAccept() func(*net.TCPConn) {
-	if k.g.steering == SteerLoad {
-		return func(*net.TCPConn) { k.sampler.awake() }
-	}
-	return nil
-}
-
-// inForce returns the steering that is in force, why it isn't what was asked
-// for, and why the kernel doesn't inherit because of it. It is called under
-// group.mu.
-func (k *kernelSteering) inForce() (s Steering, why, wont error) {
-	if !k.since.IsZero() && k.table == nil {
-		wont = errors.New("a classic program steers, in the place of the one that lets the kernel inherit; give the process CAP_BPF for both, or set " + migrateSysctl + "=1")
-	}
-	if k.why != nil && (k.g.steering == SteerSource || k.g.steering == SteerLoad) {
-		return SteerFlow, k.why, wont
-	}
-	return k.g.steering, nil, wont
-}
-
-// close ends everything, when the sockets are closed. One that is retired at this
-// moment isn't in the group any more.
+// close ends everything, when the sockets are closed.
 func (k *kernelSteering) close() {
-	k.retiring.Lock()
-	defer k.retiring.Unlock()
-	k.g.mu.Lock()
-	started := k.sampler.started
-	k.g.mu.Unlock()
-	if started {
-		close(k.sampler.quit)
-		<-k.sampler.ended
+	if k.stop != nil {
+		k.stop()
 	}
+	if k.sampler != nil {
+		k.sampler.stop()
+	}
+	k.giveUpMigration()
 	if k.table != nil {
 		k.table.close()
 	}
+	k.space.lingerIfListed(k.a.at, k.leaves)
+	k.space.leave()
+}
+
+func onSocket(s *socket, f func(fd int) error) error {
+	return control(s.conn, func(fd uintptr) error { return f(int(fd)) })
 }

@@ -4,10 +4,7 @@ package lblisten
 
 // Other kernels steer by the flow and nothing else.
 
-import (
-	"net"
-	"runtime"
-)
+import "runtime"
 
 type kernelSteering struct{}
 
@@ -15,18 +12,22 @@ func kernelSteers(s Steering) error {
 	if s == SteerFlow {
 		return nil
 	}
-	return &hintedError{ErrUnsupported, "the kernel of " + runtime.GOOS + " steers by flow only; WithDispatcher has source and load"}
+	return hint(ErrUnsupported, "the kernel of "+runtime.GOOS+" steers by flow only; WithDispatcher has source and load")
 }
 
-func newKernelSteering(*group, *config) (*kernelSteering, error) { return &kernelSteering{}, nil }
+func newKernelSteering(*address, *request) (*kernelSteering, error) { return &kernelSteering{}, nil }
 
-func (*kernelSteering) control(fd uintptr) error     { return nil }
-func (*kernelSteering) opened(*socket)               {}
-func (*kernelSteering) discard(s *socket)            { s.ln.Close() }
-func (*kernelSteering) changed()                     {}
-func (*kernelSteering) tick()                        {}
-func (*kernelSteering) replaced()                    {}
-func (*kernelSteering) onAccept() func(*net.TCPConn) { return nil }
-func (*kernelSteering) close()                       {}
+func detachProgram(fd uintptr) error { return ErrUnsupported }
 
-func (*kernelSteering) inForce() (s Steering, why, wont error) { return SteerFlow, nil, nil }
+func (*kernelSteering) control(fd uintptr) error          { return nil }
+func (*kernelSteering) add(*socket)                       {}
+func (*kernelSteering) drop(*socket)                      {}
+func (*kernelSteering) begin(*socket, *request)           {}
+func (*kernelSteering) pin(s *socket, path string) error  { return ErrUnsupported }
+func (*kernelSteering) settle()                           {}
+func (*kernelSteering) discard(s *socket)                 { s.ln.Close() }
+func (*kernelSteering) bell() func()                      { return nil }
+func (*kernelSteering) inForce() (s Steering, why error)  { return SteerFlow, nil }
+func (*kernelSteering) inherits() (others int, why error) { return 0, kernelInherits() }
+func (*kernelSteering) leave(socks []*socket)             {}
+func (*kernelSteering) close()                            {}

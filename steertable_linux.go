@@ -1,7 +1,7 @@
 package lblisten
 
-// The table that the steering program looks up, and the sampler that fills it with
-// the lengths of the queues. It knows nothing of when it is in force.
+// The table that the steering program looks up, and the sampler that writes the
+// lengths of the queues beside it. It knows nothing of when it is in force.
 
 import (
 	"fmt"
@@ -22,10 +22,16 @@ type steerTable struct {
 	state   int // of the state, mapped at mem
 	mem     []byte
 	slots   [tableSlots]*socket
+	among   []*socket // that the program chooses between now
+
+	slotted atomic.Pointer[[tableSlots]*socket] // a copy of slots, for the sampler
 }
 
 // newSteerTable loads the program. It needs CAP_BPF.
 func newSteerTable(s Steering) (*steerTable, error) {
+	if !mayUseBPF() {
+		return nil, errNoCapability
+	}
 	t := &steerTable{program: -1, array: -1, state: -1}
 	var err error
 	if t.array, err = createMap(unix.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY, 8, tableSlots, 0); err == nil {
@@ -57,28 +63,16 @@ func (t *steerTable) close() {
 
 func (t *steerTable) word(offset int) *uint32 { return (*uint32)(unsafe.Pointer(&t.mem[offset])) }
 
-// fill makes the program choose between sockets: it gives each a slot, ranks
-// them for every bucket of the hash in the table that is not in use, and then
-// has the program use that one.
+// fill makes the program choose between sockets, if it doesn't yet: it gives each a
+// slot, ranks them for every bucket of the hash in the table that is not in use, and
+// then has the program use that one.
 func (t *steerTable) fill(socks []*socket) error {
-	if len(socks) > tableSlots {
-		return fmt.Errorf("steering is for at most %d sockets: %w", tableSlots, ErrUnsupported)
+	if slices.Equal(t.among, socks) {
+		return nil
 	}
-	slots := make([]int, len(socks))
-	for i, s := range socks {
-		slots[i] = slices.Index(t.slots[:], s)
-		if slots[i] >= 0 {
-			continue
-		}
-		slots[i] = slices.Index(t.slots[:], nil)
-		if slots[i] < 0 {
-			return fmt.Errorf("steering is for at most %d sockets: %w", tableSlots, ErrUnsupported)
-		}
-		if err := onSocket(s, func(fd int) error { return updateMap(t.array, uint32(slots[i]), uint64(fd)) }); err != nil {
-			return fmt.Errorf("putting a socket into the program's table: %w", err)
-		}
-		t.slots[slots[i]] = s
-		s.slot.Store(int32(slots[i]) + 1)
+	slots, err := t.place(socks)
+	if err != nil {
+		return err
 	}
 	table := 1 - int(atomic.LoadUint32(t.word(stateTable)))
 	id := func(i int) uint64 { return uint64(slots[i]) + 1 }
@@ -94,44 +88,73 @@ func (t *steerTable) fill(socks []*socket) error {
 		atomic.StoreUint32(t.word(at+tableSize/2), uint32(slots[second]))
 	}
 	atomic.StoreUint32(t.word(stateTable), uint32(table))
+	t.among = slices.Clone(socks)
 	return nil
+}
+
+// place gives sockets slots, and returns them.
+func (t *steerTable) place(socks []*socket) ([]int, error) {
+	slots := make([]int, len(socks))
+	for i, s := range socks {
+		slots[i] = slices.Index(t.slots[:], s)
+		if slots[i] >= 0 {
+			continue
+		}
+		slots[i] = slices.Index(t.slots[:], nil)
+		if slots[i] < 0 {
+			return nil, fmt.Errorf("steering is for at most %d sockets: %w", tableSlots, ErrUnsupported)
+		}
+		if err := onSocket(s, func(fd int) error { return updateMap(t.array, uint32(slots[i]), uint64(fd)) }); err != nil {
+			return nil, fmt.Errorf("putting a socket into the program's table: %w", err)
+		}
+		t.slots[slots[i]] = s
+	}
+	t.publish()
+	return slots, nil
+}
+
+func (t *steerTable) publish() {
+	slots := t.slots
+	t.slotted.Store(&slots)
 }
 
 // drop frees the slot of a socket that is closed; the kernel has emptied it.
 func (t *steerTable) drop(s *socket) {
 	if i := slices.Index(t.slots[:], s); i >= 0 {
 		t.slots[i] = nil
+		t.publish()
 	}
 }
 
 // A sampler writes the lengths of the queues where the program reads them, while
-// there is traffic.
+// something moves.
 type sampler struct {
-	asleep  atomic.Bool
-	wake    chan struct{}
-	quit    chan struct{}
-	ended   chan struct{}
-	started bool // guarded by group.mu
+	a      *address
+	table  *steerTable
+	asleep atomic.Bool
+	wake   chan struct{}
+	quit   chan struct{}
+	ended  chan struct{}
 }
 
 const (
 	sampleEvery = time.Millisecond
-	sampleFor   = 100 * time.Millisecond // without traffic
+	sampleFor   = 100 * time.Millisecond // after the last change
 )
 
-// start starts the sampler, for SteerLoad. It is called under group.mu.
-func (k *kernelSteering) start() {
-	s := &k.sampler
-	if s.started || k.table == nil {
-		return
-	}
-	s.started = true
-	s.wake, s.quit, s.ended = make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
-	go k.sample()
+func startSampler(a *address, t *steerTable) *sampler {
+	s := &sampler{a: a, table: t, wake: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{})}
+	go s.run()
+	return s
 }
 
-func (k *kernelSteering) sample() {
-	s := &k.sampler
+// stop ends the sampler, before the table is closed.
+func (s *sampler) stop() {
+	close(s.quit)
+	<-s.ended
+}
+
+func (s *sampler) run() {
 	defer close(s.ended)
 	tick := time.NewTicker(sampleEvery)
 	defer tick.Stop()
@@ -143,36 +166,52 @@ func (k *kernelSteering) sample() {
 			return
 		case <-tick.C:
 		}
-		accepted, waiting := uint64(0), false
-		for _, l := range *k.g.members.Load() {
+		moved := s.sample()
+		var accepted uint64
+		for _, l := range *s.a.members.Load() {
 			accepted += l.accepted.Load()
-			for _, sock := range l.socks {
-				queued, _ := queueLengths([]syscall.RawConn{sock.conn})
-				if queued < 0 {
-					continue
-				}
-				waiting = waiting || queued > 0
-				if slot := sock.slot.Load(); slot > 0 {
-					atomic.StoreUint32(k.table.word(stateLoads+4*int(slot-1)), uint32(queued))
-				}
-			}
 		}
-		if accepted != last || waiting {
+		if moved || accepted != last {
 			last, busy = accepted, time.Now()
 			continue
 		}
 		if time.Since(busy) < sampleFor {
 			continue
 		}
-		// No traffic: sleep until an Accept has returned a connection.
+		// Nothing moves: sleep until an Accept has returned a connection.
+		tick.Stop()
 		s.asleep.Store(true)
 		select {
 		case <-s.quit:
 			return
 		case <-s.wake:
 		}
+		tick.Reset(sampleEvery)
 		busy = time.Now()
 	}
+}
+
+// sample looks at the queues once, and tells whether one has changed.
+func (s *sampler) sample() (moved bool) {
+	slots := s.table.slotted.Load()
+	if slots == nil {
+		return false
+	}
+	for i, sock := range slots {
+		if sock == nil {
+			continue
+		}
+		queued, _ := queueLengths([]syscall.RawConn{sock.conn})
+		if queued < 0 {
+			continue
+		}
+		load := s.table.word(stateLoads + 4*i)
+		if atomic.LoadUint32(load) != uint32(queued) {
+			atomic.StoreUint32(load, uint32(queued))
+			moved = true
+		}
+	}
+	return moved
 }
 
 // awake is called after an Accept returned a connection.

@@ -1,9 +1,12 @@
 package lblisten
 
-// The once-a-second look.
+// The once-a-second look. Kernels from 5.14 that migrate, but lack the fix of 2026
+// ("tcp: call sk_data_ready() after listener migration", CVE-2026-46015), put a
+// connection into the queue of an heir and don't wake it. So Accepts that wait although
+// a connection is queued are made to look. Programs that steer are looked after then,
+// too.
 
 import (
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -12,64 +15,144 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lookAgainEvery is how often members that wait are made to look at their
-// sockets. Kernels from 5.14 that migrate, but lack the fix of 2026 ("tcp: call
-// sk_data_ready() after listener migration"), don't wake who gets a connection
-// that way.
-const lookAgainEvery = time.Second
+const lookEvery = time.Second
 
-// keepLooking calls look every lookAgainEvery until stop. All groups share a
-// goroutine for it, and that sleeps in a thread of its own: as long as anything
-// else than Accept waits for the runtime, a timer or a descriptor, an idle thread
-// waits in epoll for it and is woken by each connection, which cost a server of
-// one accept loop some 5 % of its CPU.
-func keepLooking(look func()) (stop func()) {
+// looking is what the look is about. All addresses share a goroutine for it, and that
+// sleeps in a thread of its own: as long as anything else than Accept waits for the
+// runtime, a timer or a descriptor, an idle thread waits in epoll for it and is woken by
+// each connection, which cost a server of one accept loop some 5 % of its CPU.
+var looking struct {
+	mu sync.Mutex // guards what follows, for instants; a leaf
+	at []*address // copied when it changes
+	by *lookout   // nil if there is no address
+}
+
+// A lookout is the goroutine.
+type lookout struct {
+	wake int         // an eventfd that ends it, which it closes; -1 if none was to be had
+	quit atomic.Bool // it is to end
+}
+
+// canMigrate tells whether the kernel is one that can: the option that is asked for
+// is from the same version, Linux 5.14.
+var canMigrate = sync.OnceValue(func() bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	_, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	return err != unix.ENOPROTOOPT
+})
+
+// keepLooking has the look include an address, until stop. It does nothing where no
+// kernel needs it: before Linux 5.14 none migrates.
+func keepLooking(a *address) (stop func()) {
+	if !a.steering.byProgram() && !canMigrate() {
+		return func() {}
+	}
 	looking.mu.Lock()
 	defer looking.mu.Unlock()
-	if len(looking.looks) == 0 {
-		looking.wake, _ = unix.Eventfd(0, unix.EFD_CLOEXEC) // without it, -1, the end takes until the next look
-		looking.quit = new(atomic.Bool)
-		go keepCalling(looking.wake, looking.quit)
+	if looking.by == nil {
+		by := new(lookout)
+		var err error
+		if by.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+			by.wake = -1 // the end takes until the next look
+		}
+		looking.by = by
+		go by.run()
 	}
-	looking.looks[&look] = struct{}{}
+	looking.at = append(slices.Clip(looking.at), a)
 	return func() {
 		looking.mu.Lock()
 		defer looking.mu.Unlock()
-		delete(looking.looks, &look)
-		if len(looking.looks) == 0 {
-			looking.quit.Store(true)
-			unix.Write(looking.wake, []byte{1, 1, 1, 1, 1, 1, 1, 1}) // any number but 0
+		looking.at = slices.DeleteFunc(slices.Clone(looking.at), func(x *address) bool { return x == a })
+		if len(looking.at) == 0 {
+			looking.by.quit.Store(true)
+			unix.Write(looking.by.wake, []byte{1, 1, 1, 1, 1, 1, 1, 1}) // any number but 0
+			looking.by = nil
 		}
 	}
 }
 
-var looking = struct {
-	mu    sync.Mutex
-	looks map[*func()]struct{}
-	wake  int          // an eventfd, which keepCalling closes
-	quit  *atomic.Bool // keepCalling is to end
-}{looks: make(map[*func()]struct{})}
-
-func keepCalling(wake int, quit *atomic.Bool) {
-	for next := time.Now().Add(lookAgainEvery); !quit.Load(); {
+func (by *lookout) run() {
+	var s sight
+	for next := time.Now().Add(lookEvery); !by.quit.Load(); {
 		wait := time.Until(next).Milliseconds() + 1
-		fds := []unix.PollFd{{Fd: int32(wake), Events: unix.POLLIN}}
+		fds := []unix.PollFd{{Fd: int32(by.wake), Events: unix.POLLIN}}
 		n, err := unix.Poll(fds, max(0, int(wait)))
 		switch {
 		case err == unix.EINTR || fds[0].Revents&unix.POLLIN != 0:
 			continue
 		case n != 0: // it is forbidden, or somebody has closed the descriptor
-			time.Sleep(lookAgainEvery)
+			time.Sleep(lookEvery)
 		}
-		next = time.Now().Add(lookAgainEvery)
+		next = time.Now().Add(lookEvery)
 		looking.mu.Lock()
-		looks := slices.Collect(maps.Keys(looking.looks))
+		at := looking.at
 		looking.mu.Unlock()
-		for _, look := range looks {
-			(*look)()
+		s.look(at)
+		for _, a := range at {
+			if a.steering.byProgram() && a.tryTurn() {
+				a.k.tick()
+				a.giveTurn()
+			}
 		}
 	}
-	looking.mu.Lock() // who ends it writes under it
+	looking.mu.Lock() // whoever ends it writes under it
 	defer looking.mu.Unlock()
-	unix.Close(wake)
+	unix.Close(by.wake)
+}
+
+// A sight is the sockets of one look in which somebody waits for a connection. Their
+// numbers may be others' by the time: whoever is told to look in vain does no harm.
+type sight struct {
+	fds []unix.PollFd
+	who []waiter
+}
+
+// A waiter is an *owner or a *watch.
+type waiter interface{ lookAgain() }
+
+// look has everybody look who waits although a connection is queued.
+func (s *sight) look(at []*address) {
+	s.fds, s.who = s.fds[:0], s.who[:0]
+	for _, a := range at {
+		for _, l := range *a.members.Load() {
+			if o := l.role.(*owner); o.waiting() > 0 {
+				s.add(o.s, o)
+			}
+		}
+		for _, w := range *a.shared.Load() {
+			if !w.ready.Load() {
+				s.add(w.s, w)
+			}
+		}
+	}
+	const most = 1024 // the soft limit of descriptors, which is that of poll(2) too
+	for i := 0; i < len(s.fds); i += most {
+		some := s.fds[i:min(i+most, len(s.fds))]
+		n, err := unix.Poll(some, 0)
+		for j := range some {
+			if some[j].Revents != 0 || err != nil && isQueued(some[j].Fd) {
+				s.who[i+j].lookAgain()
+				n--
+			}
+			if n == 0 {
+				break
+			}
+		}
+	}
+	clear(s.who) // they may be long gone when the next look begins
+}
+
+func (s *sight) add(sock *socket, who waiter) {
+	s.fds = append(s.fds, unix.PollFd{Fd: int32(sock.fd), Events: unix.POLLIN})
+	s.who = append(s.who, who)
+}
+
+// isQueued is for where a filter of system calls forbids poll(2).
+func isQueued(fd int32) bool {
+	queued, _ := queueLength(uintptr(fd))
+	return queued > 0
 }
