@@ -36,6 +36,18 @@ func TestHeirThatIsNotWokenLooksAgain(t *testing.T) {
 	}
 	require.Empty(t, epolled(t, port))
 
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(50 * time.Millisecond):
+				pretendMigration(g)
+			}
+		}
+	}()
 	start := time.Now()
 	for i := range 20 { // some for its own socket, some for the shared one
 		dialTest(t, g.Addr())

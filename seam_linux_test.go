@@ -25,7 +25,7 @@ func everySecond(f func()) (stop func()) {
 	o.inside.Add(1)
 	a.members.Store(&[]*Listener{{a: a, role: o}})
 	a.shared.Store(new([]*watch))
-	stopLooking := keepLooking(a)
+	stopLooking := keepLooking(a, &netspace{counts: -1})
 	return func() {
 		stopLooking()
 		file.Close()
@@ -55,6 +55,10 @@ func lookNow(g *Group) {
 	defer g.a.giveTurn()
 	g.a.k.tick()
 }
+
+// pretendMigration has the kernel's count of migrations have changed since the last
+// look.
+func pretendMigration(g *Group) { g.a.k.space.before.Add(1) }
 
 // retireNow closes the sockets of closed members that nothing is steered to, as if
 // they had been quiet for long enough. It may run beside the last Close.

@@ -9,8 +9,10 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +29,9 @@ type netspace struct {
 	diag   int // a socket of sock_diag, -1 for none
 	err    error
 	sysctl int           // the file of migrateSysctl, -1 for none
+	counts int           // the file of what the kernel has counted, -1 for none
+	column int           // where in it the migrations are, -1 if they aren't
+	before atomic.Uint64 // how many there had been at the last look
 	busy   chan struct{} // holds one: whoever asks over diag
 }
 
@@ -52,10 +57,10 @@ func enterSpace(cookie uint64) *netspace {
 		if n.err == nil {
 			unix.SetsockoptTimeval(n.diag, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1})
 		}
-		var err error
-		if n.sysctl, err = unix.Open("/proc/sys/"+strings.ReplaceAll(migrateSysctl, ".", "/"), unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-			n.sysctl = -1 // before 5.14
-		}
+		n.sysctl = openProc("/proc/sys/" + strings.ReplaceAll(migrateSysctl, ".", "/"))
+		n.counts = openProc("/proc/thread-self/net/netstat")
+		n.column = slices.Index(strings.Fields(n.readCounts(0)), "TCPMigrateReqSuccess")
+		n.hasMigrated()
 		spaces.m[cookie] = n
 	}
 	n.users++
@@ -70,11 +75,51 @@ func (n *netspace) leave() {
 		return
 	}
 	delete(spaces.m, n.cookie)
-	for _, fd := range []int{n.diag, n.sysctl} {
+	for _, fd := range []int{n.diag, n.sysctl, n.counts} {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
 	}
+}
+
+// openProc opens a file that the kernel makes up, of the namespace of this thread; -1
+// if it isn't there.
+func openProc(path string) int {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	return fd
+}
+
+// readCounts returns a line of what the kernel has counted about TCP: 0 is the names, 1
+// the numbers.
+func (n *netspace) readCounts(line int) string {
+	b := make([]byte, 1<<14)
+	size, err := unix.Pread(n.counts, b, 0)
+	if err != nil {
+		return ""
+	}
+	lines := strings.Split(string(b[:size]), "\n")
+	return lines[min(line, len(lines)-1)]
+}
+
+// canMigrate tells whether the kernel may migrate connections: it counts them, from
+// Linux 5.14 on, or doesn't let itself be asked.
+func (n *netspace) canMigrate() bool { return n.column >= 0 || n.counts < 0 }
+
+// hasMigrated tells whether the kernel has migrated a connection since it was asked
+// last, or may have.
+func (n *netspace) hasMigrated() bool {
+	if n.counts < 0 {
+		return true
+	}
+	numbers := strings.Fields(n.readCounts(1))
+	if n.column < 0 || n.column >= len(numbers) {
+		return true
+	}
+	now, _ := strconv.ParseUint(numbers[n.column], 10, 64)
+	return n.before.Swap(now) != now
 }
 
 // migrates tells whether the kernel migrates without a program.

@@ -124,7 +124,7 @@ func newKernelSteering(a *address, req *request) (*kernelSteering, error) {
 	if a.steering == SteerLoad {
 		k.sampler = startSampler(a, k.table)
 	}
-	k.stop = keepLooking(a)
+	k.stop = keepLooking(a, k.space)
 	ready = true
 	return k, nil
 }

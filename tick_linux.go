@@ -2,9 +2,9 @@ package lblisten
 
 // The once-a-second look. Kernels from 5.14 that migrate, but lack the fix of 2026
 // ("tcp: call sk_data_ready() after listener migration", CVE-2026-46015), put a
-// connection into the queue of an heir and don't wake it. So Accepts that wait although
-// a connection is queued are made to look. Programs that steer are looked after then,
-// too.
+// connection into the queue of an heir and don't wake it. The kernel counts what it
+// migrates. So when that count has changed, Accepts that wait although a connection is
+// queued are made to look. Programs that steer are looked after then, too.
 
 import (
 	"slices"
@@ -23,8 +23,15 @@ const lookEvery = time.Second
 // each connection, which cost a server of one accept loop some 5 % of its CPU.
 var looking struct {
 	mu sync.Mutex // guards what follows, for instants; a leaf
-	at []*address // copied when it changes
+	at []lookedAt // copied when it changes
 	by *lookout   // nil if there is no address
+}
+
+// A lookedAt is an address in the look.
+type lookedAt struct {
+	a     *address
+	space *netspace
+	tick  bool // a program steers there
 }
 
 // A lookout is the goroutine.
@@ -33,22 +40,9 @@ type lookout struct {
 	quit atomic.Bool // it is to end
 }
 
-// canMigrate tells whether the kernel is one that can: the option that is asked for
-// is from the same version, Linux 5.14.
-var canMigrate = sync.OnceValue(func() bool {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return true
-	}
-	defer unix.Close(fd)
-	_, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	return err != unix.ENOPROTOOPT
-})
-
-// keepLooking has the look include an address, until stop. It does nothing where no
-// kernel needs it: before Linux 5.14 none migrates.
-func keepLooking(a *address) (stop func()) {
-	if !a.steering.byProgram() && !canMigrate() {
+// keepLooking has the look include an address, until stop.
+func keepLooking(a *address, space *netspace) (stop func()) {
+	if !a.steering.byProgram() && !space.canMigrate() {
 		return func() {}
 	}
 	looking.mu.Lock()
@@ -62,11 +56,11 @@ func keepLooking(a *address) (stop func()) {
 		looking.by = by
 		go by.run()
 	}
-	looking.at = append(slices.Clip(looking.at), a)
+	looking.at = append(slices.Clip(looking.at), lookedAt{a, space, a.steering.byProgram()})
 	return func() {
 		looking.mu.Lock()
 		defer looking.mu.Unlock()
-		looking.at = slices.DeleteFunc(slices.Clone(looking.at), func(x *address) bool { return x == a })
+		looking.at = slices.DeleteFunc(slices.Clone(looking.at), func(x lookedAt) bool { return x.a == a })
 		if len(looking.at) == 0 {
 			looking.by.quit.Store(true)
 			unix.Write(looking.by.wake, []byte{1, 1, 1, 1, 1, 1, 1, 1}) // any number but 0
@@ -92,10 +86,10 @@ func (by *lookout) run() {
 		at := looking.at
 		looking.mu.Unlock()
 		s.look(at)
-		for _, a := range at {
-			if a.steering.byProgram() && a.tryTurn() {
-				a.k.tick()
-				a.giveTurn()
+		for _, l := range at {
+			if l.tick && l.a.tryTurn() {
+				l.a.k.tick()
+				l.a.giveTurn()
 			}
 		}
 	}
@@ -114,10 +108,19 @@ type sight struct {
 // A waiter is an *owner or a *watch.
 type waiter interface{ lookAgain() }
 
-// look has everybody look who waits although a connection is queued.
-func (s *sight) look(at []*address) {
+// look has everybody look who waits although a connection is queued, where the kernel
+// has migrated one since the last look.
+func (s *sight) look(at []lookedAt) {
 	s.fds, s.who = s.fds[:0], s.who[:0]
-	for _, a := range at {
+	moved := make(map[*netspace]bool)
+	for _, l := range at {
+		if _, asked := moved[l.space]; !asked {
+			moved[l.space] = l.space.hasMigrated()
+		}
+		if !moved[l.space] {
+			continue
+		}
+		a := l.a
 		for _, l := range *a.members.Load() {
 			if o := l.role.(*owner); o.waiting() > 0 {
 				s.add(o.s, o)

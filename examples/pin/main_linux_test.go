@@ -30,5 +30,9 @@ func TestPin(t *testing.T) {
 	ln, err := lblisten.Listen("tcp4", "0.0.0.0:0", lblisten.WithPinnedProgram(path))
 	require.NoError(t, err)
 	defer ln.Close()
-	require.Contains(t, ln.(*lblisten.Listener).Info().OnKill.String(), "kernel")
+	require.Equal(t, "none", ln.(*lblisten.Listener).Info().OnKill.String(), "nobody else is there to inherit")
+	other, err := lblisten.Listen("tcp4", ln.Addr().String(), lblisten.WithReusePort())
+	require.NoError(t, err)
+	defer other.Close()
+	require.Equal(t, "kernel", ln.(*lblisten.Listener).Info().OnKill.String())
 }
