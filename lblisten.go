@@ -60,15 +60,15 @@
 // kernel's migration itself loses about one connection in 1000 closes of a
 // socket under saturation, so inside a process sockets are inherited as
 // everywhere. Kernels before the fix of 2026 ("tcp: call sk_data_ready() after
-// listener migration") don't wake the heir: waiting Accepts look at their sockets once a
-// second, for which a process has one goroutine, with a thread that sleeps.
+// listener migration", CVE-2026-46015) don't wake the heir: so once a second a
+// goroutine, with a thread that sleeps, looks whether the kernel has migrated something,
+// and has the waiting Accepts look then. 3000 idle listeners take 0.05 % of a core.
 //
 // [SteerLoad] takes CAP_BPF too where the kernel balances; the other steerings, and
 // all of the dispatcher's, take no privilege.
 //
-// Sockets that closed members left, and no new member adopts, are closed a few
-// seconds after nothing was steered to them any more, as long as all sockets of
-// the address belong to the process and no handoff holds them too (Linux).
+// Without one of these capabilities bpf(2) is never called: a filter of system calls, as
+// systemd's SystemCallFilter=@system-service, may kill a process for it.
 //
 // # Containers, systemd, Kubernetes, macOS, Windows
 //
@@ -109,8 +109,9 @@ import (
 // With [WithLB], or an option that implies it, the listener is a [*Listener].
 // Listening twice on one address joins the same group, however the address is
 // spelled; port 0 always opens a new group, and Addr tells its port. The same
-// path of a unix socket is the same group; its file is removed when the last
-// member closes.
+// path of a unix socket is the same group. If its file is gone, or another file is
+// there, a member that joins binds the path anew, as package net does, and the clients
+// of the old file are still served. The file is removed when the last member closes.
 //
 // The error is a *net.OpError that names the address.
 func Listen(network, address string, opts ...Option) (net.Listener, error) {
@@ -155,10 +156,14 @@ func ListenGroup(ctx context.Context, network, address string, n int, opts ...Op
 // in-process dispatcher on top of ln. Connections stay what ln makes of them.
 // It takes WithSteering and WithLogger; every other option is an error.
 //
-// From then on ln belongs to the group: its last member closes ln, and an error
-// that ends ln ends every member. One that may pass (EMFILE) fails one Accept,
-// and ln is tried again when the next Accept asks. If Dispatch returns an
-// error, ln is untouched.
+// From then on ln belongs to the group: its last member closes ln. What its Accept
+// returns goes to the Accept that asked: an error, a panic and runtime.Goexit too, and
+// (nil, nil) as a temporary error. Nobody else is harmed by it. If Dispatch returns
+// an error, ln is untouched.
+//
+// Of ln's connections the addresses are asked only if they are package net's, or a
+// *tls.Conn over one, because others may wait for the client to tell them. Any other
+// connection goes to any member, also with SteerSource; Info.Reason says so then.
 //
 // If ln has no SetDeadline (as those of tls.NewListener, netutil.LimitListener
 // and cmux have none) its Accept can't be interrupted. A goroutine accepts

@@ -102,7 +102,12 @@ func WithReusePort() Option {
 // force only while all sockets of the address in the kernel's group are this
 // process's, as it would starve the others: Listen fails if there are others,
 // and when some join later the program is taken off within a second. Info then
-// says SteerFlow, with the Reason. Both are for at most 1024 members.
+// says SteerFlow, with the Reason. Both are for at most 1024 members: the next one
+// is [ErrGroupFull]. With CAP_BPF sockets that closed members have left, and that no
+// new member adopts, are closed when they have been quiet for three seconds.
+//
+// A reuseport program that Control attaches is left alone: nothing else is attached
+// then, and steering by source and load are ErrUnsupported.
 func WithSteering(s Steering) Option {
 	return Option{"WithSteering", func(c *config) { c.lb, c.steering = true, s }}
 }
@@ -119,7 +124,11 @@ func WithBacklog(n int) Option {
 
 // WithListenConfig opens sockets with lc: Control, KeepAlive and
 // KeepAliveConfig mean what they mean in package net. Control is called
-// before bind and may set any option; a Control error is returned as it is.
+// before bind and may set any option; a Control error is returned as it is. With
+// WithLB it is called once more, for a socket that is closed again: by that the package
+// finds out what the address is. The network namespace, the device to which Control
+// binds and IPV6_V6ONLY belong to the address: listeners that differ in them are
+// strangers to each other.
 // A balanced socket is plain TCP: Multipath TCP, which lc may ask for, is off
 // for it, because Linux neither migrates nor steers MPTCP sockets. On Linux and
 // FreeBSD the keep-alive is set once, on the listening socket, before the bind and
@@ -182,8 +191,7 @@ func WithPinnedProgram(path string) Option {
 // don't add any; one that joins while the others don't answer does open its own,
 // and it stays. Steering by source is [ErrUnsupported]
 // together with it, and by load too where the kernel balances. So is WithHandoff
-// itself on Windows, AIX, plan9 and wasm. Surplus sockets of closed members aren't
-// retired (see Linux above); the next member that joins adopts one.
+// itself on Windows, AIX, plan9 and wasm.
 func WithHandoff(path string) Option {
 	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
