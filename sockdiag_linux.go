@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -60,14 +61,26 @@ func enterSpace(cookie uint64) *netspace {
 		n.sysctl = openProc("/proc/sys/" + strings.ReplaceAll(migrateSysctl, ".", "/"))
 		n.counts = openProc("/proc/thread-self/net/netstat")
 		n.column = slices.Index(strings.Fields(n.readCounts(0)), "TCPMigrateReqSuccess")
-		n.hasMigrated()
+		n.before.Store(n.migrations())
 		spaces.m[cookie] = n
 	}
 	n.users++
 	return n
 }
 
-// leave gives back what enterSpace returned.
+// hold keeps what n has open until leave. It fails if that is closed: the address that
+// asks has ended meanwhile.
+func (n *netspace) hold() error {
+	spaces.mu.Lock()
+	defer spaces.mu.Unlock()
+	if n.users == 0 {
+		return net.ErrClosed
+	}
+	n.users++
+	return nil
+}
+
+// leave gives back what enterSpace returned, or hold.
 func (n *netspace) leave() {
 	spaces.mu.Lock()
 	defer spaces.mu.Unlock()
@@ -114,20 +127,31 @@ func (n *netspace) hasMigrated() bool {
 	if n.counts < 0 {
 		return true
 	}
+	if n.hold() != nil {
+		return false
+	}
+	defer n.leave()
+	now := n.migrations()
+	return n.before.Swap(now) != now
+}
+
+// migrations returns how many connections the kernel has migrated.
+func (n *netspace) migrations() uint64 {
 	numbers := strings.Fields(n.readCounts(1))
 	if n.column < 0 || n.column >= len(numbers) {
-		return true
+		return 0
 	}
-	now, _ := strconv.ParseUint(numbers[n.column], 10, 64)
-	return n.before.Swap(now) != now
+	count, _ := strconv.ParseUint(numbers[n.column], 10, 64)
+	return count
 }
 
 // migrates tells whether the kernel migrates without a program.
 func (n *netspace) migrates() bool {
 	var b [1]byte
-	if n.sysctl < 0 {
+	if n.sysctl < 0 || n.hold() != nil {
 		return false
 	}
+	defer n.leave()
 	_, err := unix.Pread(n.sysctl, b[:], 0)
 	return err == nil && b[0] == '1'
 }
@@ -205,6 +229,10 @@ func (n *netspace) listeningOn(at place) (map[uint32]bool, error) {
 	if n.err != nil {
 		return nil, n.err
 	}
+	if err := n.hold(); err != nil {
+		return nil, err
+	}
+	defer n.leave()
 	n.busy <- struct{}{}
 	defer func() { <-n.busy }()
 	if err := unix.Sendto(n.diag, diagRequest(at), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
