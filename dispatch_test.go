@@ -729,3 +729,18 @@ func BenchmarkDispatchOverhead(b *testing.B) {
 		})
 	}
 }
+
+// A connection that comes when a deadline has just passed, and the Accept hasn't seen that
+// yet, isn't forgotten when the deadline is put off.
+func TestDeadlineIsPutOffAtTheLastMoment(t *testing.T) {
+	noLeaks(t)
+	for _, later := range []time.Time{{}, time.Now().Add(time.Hour)} {
+		_, ls := dispatchTest(t, newAcceptor(), 2)
+		got := blocked(t, ls[0])
+		c := newPipeConn(t)
+		comesAfterDeadline(ls[0], c)
+		require.Empty(t, got)
+		require.NoError(t, ls[0].SetDeadline(later))
+		require.Equal(t, net.Conn(c), get(t, got).c)
+	}
+}

@@ -64,11 +64,16 @@ func (f *follower) setDeadline(t time.Time) error {
 	return nil
 }
 
-// setTimerLocked has a member's Accepts look when its deadline passes.
+// setTimerLocked has a member's Accepts look when its deadline passes, and now, if
+// something is in hand: it may have come when the deadline had passed and the Accept
+// hadn't seen that yet.
 func (d *dispatcher) setTimerLocked(f *follower) {
 	if f.timer != nil {
 		f.timer.Stop()
 		f.timer = nil
+	}
+	if len(d.hand) > 0 {
+		d.lookAgainLocked(f)
 	}
 	switch in := time.Until(f.deadline); {
 	case f.closed || f.deadline.IsZero():

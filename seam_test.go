@@ -133,3 +133,13 @@ func askAll(t testing.TB) {
 	t.Helper()
 	t.Cleanup(set(&addrsOf, func(c net.Conn) (local, remote net.Addr, ok bool) { return c.LocalAddr(), c.RemoteAddr(), true }))
 }
+
+// comesAfterDeadline has a connection come into the dispatcher's hand in the instant in
+// which a member's deadline has passed and its Accepts haven't seen that yet.
+func comesAfterDeadline(l *Listener, c net.Conn) {
+	f := l.role.(*follower)
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	f.deadline = longAgo
+	f.d.passLocked(arrival{c: c})
+}
