@@ -19,8 +19,11 @@ func TestBalance(t *testing.T) {
 		for _, e := range endpoints {
 			for _, n := range []int{2, 4, 16, 200} {
 				t.Run(fmt.Sprintf("%s/%d", e.name, n), func(t *testing.T) {
+					if n == 200 && hurry > 1 && e != endpoints[0] {
+						t.Skip("with -short 200 members are tried by IPv4 only")
+					}
 					e.need(t)
-					balance(t, n, max(count(1024, 128), 32*n), e, m)
+					balance(t, n, max(size(1024, 128), 32*n), e, m)
 				})
 			}
 		}

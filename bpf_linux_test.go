@@ -354,8 +354,8 @@ func experimentWorker() {
 // Where the kernel inherits, nothing is lost; where it doesn't, what waited for
 // the process that went away.
 func TestExperiment(t *testing.T) {
+	beside(t)
 	needBPF(t)
-	noLeaks(t)
 	path := pin(t)
 
 	for _, s := range []sandbox{
@@ -375,6 +375,7 @@ func TestExperiment(t *testing.T) {
 		}
 		for _, end := range ends {
 			t.Run(s.name+"/"+end, func(t *testing.T) {
+				beside(t)
 				n := count(2000, 200)
 				var o outcome
 				s.run(t, "experiment", &o, "LBLISTEN_TEST_END="+end, "LBLISTEN_TEST_CONNECTIONS="+strconv.Itoa(n))
@@ -399,14 +400,15 @@ func TestExperiment(t *testing.T) {
 
 // The same for connections that are half-open when the process is killed.
 func TestHalfOpenConnectionsMigrate(t *testing.T) {
+	beside(t)
 	needBPF(t)
-	noLeaks(t)
 	for _, s := range []sandbox{
 		{name: "root", kernel: true},
 		{name: "no program, sysctl", uid: nobody, caps: []uintptr{capNetAdmin}, sysctl: true, kernel: true},
 		{name: "no program", uid: nobody, caps: []uintptr{capNetAdmin}},
 	} {
 		t.Run(s.name, func(t *testing.T) {
+			beside(t)
 			n := count(2000, 200)
 			var o outcome
 			s.run(t, "experiment", &o, "LBLISTEN_TEST_END=kill", "LBLISTEN_TEST_HALFOPEN=1", "LBLISTEN_TEST_CONNECTIONS="+strconv.Itoa(n))
@@ -427,10 +429,13 @@ func roundsWorker() {
 	a.say("accept")
 	d := startLoad(32, "tcp", a.Address)
 	var last holderInfo // of a process that isn't alone
-	for range 20 {
+	for range count(20, 5) {
 		b := startHolder(a.Address)
 		last = b.holderInfo
-		time.Sleep(100 * time.Millisecond)
+		for before := int64(-1); d.served.Load() != before; { // until all wait in its queues
+			before = d.served.Load()
+			time.Sleep(limit(5 * time.Millisecond))
+		}
 		check(b.cmd.Process.Kill())
 		b.cmd.Wait()
 	}
@@ -448,10 +453,11 @@ func roundsWorker() {
 // kernel's migration itself loses about one connection in 1000 closes of a
 // socket under saturation; 80 are closed here, and one is allowed for.
 func TestTwentyKillsUnderContinuousDials(t *testing.T) {
+	beside(t)
 	needBPF(t)
-	noLeaks(t)
 	for _, s := range []sandbox{{name: "root"}, {name: "no privilege, sysctl", uid: nobody, sysctl: true}} {
 		t.Run(s.name, func(t *testing.T) {
+			beside(t)
 			var o outcome
 			s.run(t, "rounds", &o)
 			t.Logf("%d tried, %d lost", o.Connections, o.Lost)

@@ -24,7 +24,7 @@ func (t *trial) process(l *Listener, accept bool) *server {
 	s := startServer(t, serverJob{Path: t.path, Address: l.Addr().String(), Members: 2, Dispatcher: !t.kernel(), Accept: accept})
 	if t.handoff {
 		s.becomes(isHandedOff)
-		require.NotZero(t, l.Info().OnKill&InheritHandoff)
+		soon(t, func() bool { return l.Info().OnKill&InheritHandoff != 0 }, "it isn't handed off")
 	}
 	return s
 }

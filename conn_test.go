@@ -60,9 +60,10 @@ func dispatched(wrap func(net.Listener) net.Listener) func(t *testing.T) (net.Ad
 
 // Accepted connections are conforming net.Conns, whichever way they came.
 func TestConn(t *testing.T) {
+	beside(t)
 	for _, c := range accepted {
 		t.Run(c.name, func(t *testing.T) {
-			noLeaks(t)
+			beside(t)
 			a, accept := c.open(t)
 			nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
 				if c1, err = net.Dial(a.Network(), a.String()); err != nil {

@@ -49,7 +49,7 @@ func TestDispatchStress(t *testing.T) {
 			for _, members := range []int{1, 2, 4} {
 				t.Run(fmt.Sprintf("%s, %v, %d", listener, s, members), func(t *testing.T) {
 					noLeaks(t)
-					soakRounds(t, limit(100*time.Millisecond), 18, func(seed uint64) {
+					soakRounds(t, period(100*time.Millisecond), 18, func(seed uint64) {
 						a := newAcceptor()
 						var ln net.Listener = &conns{acceptor: a, wake: make(chan struct{})}
 						if listener == "uninterruptible" {
@@ -66,7 +66,7 @@ func TestDispatchStress(t *testing.T) {
 func stressDispatch(t *testing.T, seed uint64, ln net.Listener, a *acceptor, steering Steering, members int) {
 	r := rand.New(rand.NewPCG(seed, 2))
 	st := &soak{t: t, nap: 10 * time.Microsecond}
-	tokens := count(100+r.IntN(600), 20)
+	tokens := size(100+r.IntN(600), 20)
 	returned := make([]atomic.Int32, tokens)
 	var last atomic.Int32
 	st.got = func(c net.Conn) {
@@ -210,7 +210,7 @@ func TestDispatchOneAcceptEach(t *testing.T) {
 				}
 				g, ls := dispatchTest(t, ln, 2, WithSteering(s))
 				fed, got, timeouts := 0, 0, 0
-				soakRounds(t, limit(200*time.Millisecond), 6, func(seed uint64) {
+				soakRounds(t, period(200*time.Millisecond), 6, func(seed uint64) {
 					r := rand.New(rand.NewPCG(seed, 5))
 					n := 2 + r.IntN(3)
 					results := make(chan result, n)
@@ -311,7 +311,7 @@ func TestDispatchStressOnSocket(t *testing.T) {
 	for _, steering := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 		t.Run(steering.String(), func(t *testing.T) {
 			var sum totals
-			soakRounds(t, limit(500*time.Millisecond), 3, func(seed uint64) {
+			soakRounds(t, period(500*time.Millisecond), 3, func(seed uint64) {
 				r := rand.New(rand.NewPCG(seed, 4))
 				s := &soak{t: t, nap: 10 * time.Microsecond, m: modes[1], e: endpoints[0], steering: steering, loops: 16}
 				plan := []operation{{do: "join", n: 1 + r.IntN(2)}, {do: "load", n: 1 + r.IntN(6)}}

@@ -61,17 +61,20 @@ func TestHandoffBadPath(t *testing.T) {
 
 // A path on which another program listens is left to it.
 func TestHandoffPathOfAnotherProgram(t *testing.T) {
-	noLeaks(t)
+	beside(t)
 	for _, name := range []func(string) string{func(p string) string { return p }, newPath} {
-		path := handoffPath(t)
-		other, err := net.Listen("unix", name(path))
-		require.NoError(t, err)
-		ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
-		require.NoError(t, err)
-		require.ErrorContains(t, ln.(*Listener).Info().Reason, "another program listens on "+name(path))
-		require.NoError(t, ln.Close())
-		require.FileExists(t, name(path))
-		other.Close()
+		t.Run("socket"+filepath.Ext(name("socket")), func(t *testing.T) {
+			beside(t)
+			path := handoffPath(t)
+			other, err := net.Listen("unix", name(path))
+			require.NoError(t, err)
+			ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+			require.NoError(t, err)
+			require.ErrorContains(t, ln.(*Listener).Info().Reason, "another program listens on "+name(path))
+			require.NoError(t, ln.Close())
+			require.FileExists(t, name(path))
+			other.Close()
+		})
 	}
 }
 
@@ -105,9 +108,10 @@ func TestHandoffStaleFiles(t *testing.T) {
 
 // Somebody removes the files of a set that lives: it finds together again.
 func TestHandoffFilesRemoved(t *testing.T) {
+	beside(t)
 	for _, what := range []func(string) string{func(p string) string { return p }, lockPath} {
 		t.Run(filepath.Ext(what("socket")), func(t *testing.T) {
-			noLeaks(t)
+			beside(t)
 			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
 			a := startServer(t, job)
 			job.Address = a.Address
@@ -141,6 +145,7 @@ func TestHandoffFilesRemoved(t *testing.T) {
 // it: the processes go on with what they hold, and when the directory is there
 // again, they find together.
 func TestHandoffDirectoryVanishes(t *testing.T) {
+	beside(t)
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher, Members: 2}
 		dir := filepath.Dir(job.Path)
@@ -204,7 +209,7 @@ func TestHandoffUnixSocketFile(t *testing.T) {
 // A unix socket's file goes with the last process, also right after the others
 // were killed.
 func TestHandoffUnixSocketFileOfTheLast(t *testing.T) {
-	noLeaks(t)
+	beside(t)
 	path := handoffPath(t)
 	app := filepath.Join(filepath.Dir(path), "app.sock")
 	job := serverJob{Path: path, Network: "unix", Address: app, Members: 1}

@@ -24,10 +24,10 @@ import (
 // A full disk doesn't keep anybody from listening: the handoff is tried again
 // until there is room.
 func TestHandoffDiskFull(t *testing.T) {
+	beside(t)
 	if os.Geteuid() != 0 {
 		t.Skip("mounting a file system takes root")
 	}
-	noLeaks(t)
 	self, err := os.Executable()
 	require.NoError(t, err)
 	cmd := exec.Command(self)

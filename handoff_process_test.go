@@ -252,6 +252,9 @@ func inHandoffModes(t *testing.T, f func(t *testing.T, dispatcher bool)) {
 	}
 	for _, m := range modes {
 		t.Run(m.name, func(t *testing.T) {
+			if isBeside(t) {
+				beside(t)
+			}
 			m.need(t)
 			noLeaks(t)
 			f(t, m.name == "dispatcher")

@@ -145,6 +145,7 @@ func TestHandoffRollingRestarts(t *testing.T) {
 // Processes that start at the same instant are one set, whoever binds first, and
 // so they are after many of them died in one instant.
 func TestHandoffStartAndDieTogether(t *testing.T) {
+	beside(t)
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 1, Dispatcher: dispatcher}
 		if !dispatcher {
@@ -194,8 +195,10 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 // the others after silentAfter. When it goes on, the set is whole again. The hub
 // is stopped in one case, another process in the other.
 func TestHandoffStoppedProcess(t *testing.T) {
+	beside(t)
 	for i, name := range []string{"the hub", "another"} {
 		t.Run(name, func(t *testing.T) {
+			beside(t)
 			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
 				var servers []*server
@@ -310,8 +313,10 @@ func TestHandoffHubDiesWhileAnotherCloses(t *testing.T) {
 // What a killed process leaves in its queue is answered by another one of the
 // handoff; how soon is only said, not judged.
 func TestHandoffTimeToInherit(t *testing.T) {
+	beside(t)
 	for _, hub := range []bool{true, false} {
 		t.Run(map[bool]string{true: "the hub is killed", false: "another is killed"}[hub], func(t *testing.T) {
+			beside(t)
 			if os.Geteuid() == 0 {
 				t.Skip("root: TestUnprivileged runs it as another user")
 			}
@@ -464,7 +469,7 @@ func TestHandoffInfo(t *testing.T) {
 
 // What doesn't fit is refused with both named.
 func TestHandoffConflicts(t *testing.T) {
-	noLeaks(t)
+	beside(t)
 	a, b := handoffPath(t), handoffPath(t)
 	modes[0].need(t)
 	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(a))
@@ -510,7 +515,7 @@ func TestHandoffConflicts(t *testing.T) {
 // Without descriptors a process goes on alone, says why, and is one of the set
 // as soon as it has some again.
 func TestHandoffOutOfDescriptors(t *testing.T) {
-	noLeaks(t)
+	beside(t)
 	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 60}
 	a := startServer(t, job)
 	short := serverJob{Path: job.Path, Address: a.Address, Members: 4, Files: 50}

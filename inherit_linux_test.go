@@ -24,6 +24,9 @@ import (
 // runtime's epoll: a blocked Accept finds the connection all the same, at its
 // next look, and so does one that waits for a shared socket.
 func TestHeirThatIsNotWokenLooksAgain(t *testing.T) {
+	if !alone(t) { // with a look of its own, which begins now
+		return
+	}
 	noLeaks(t)
 	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel())
 	require.NoError(t, ls[1].Close())
@@ -103,11 +106,13 @@ func epolled(t *testing.T, port int) map[int]int {
 // Where a filter forbids poll(2), eventfd2(2) and the scheduler's calls, nothing
 // fails or spins, and what a closed member leaves is served all the same.
 func TestWithoutPoll(t *testing.T) {
+	beside(t)
 	if pollCall == 0 {
 		t.Skipf("which call is poll(2) on %s isn't known here", runtime.GOARCH)
 	}
 	for _, errno := range []string{"EPERM", "ENOSYS", "EPERM for eventfd2 only"} {
 		t.Run(errno, func(t *testing.T) {
+			beside(t)
 			inModes(t, func(t *testing.T, m mode) {
 				t.Log(strings.TrimSpace(runWorker(t, "withoutPoll", "LBLISTEN_TEST_OPTIONS="+m.name, "LBLISTEN_TEST_ERRNO="+errno, "GORACE=atexit_sleep_ms=0")))
 			})

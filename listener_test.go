@@ -29,6 +29,7 @@ type tcpListener interface {
 // Whatever is done to a listener of package net and to one of ours, in any mode
 // and with any number of siblings, gives the same answer: net's is the oracle.
 func TestContract(t *testing.T) {
+	beside(t)
 	past := time.Now().Add(-time.Hour)
 	accept := func(l tcpListener) error {
 		c, err := l.Accept()

@@ -151,6 +151,7 @@ func answered(conns []net.Conn) int {
 // load dials from several goroutines; each client sends a byte and waits for it
 // to come back.
 type load struct {
+	pause                   time.Duration // of each client after each connection
 	served, refused, failed atomic.Int64
 	firstErr                atomic.Pointer[error]
 	stop                    atomic.Bool
@@ -198,13 +199,19 @@ func (d *load) end(t testing.TB, opening bool) {
 }
 
 func startLoad(clients int, network, address string) *load {
-	d := new(load)
+	return startPaced(0, clients, network, address)
+}
+
+// startPaced is startLoad with clients that pause.
+func startPaced(pause time.Duration, clients int, network, address string) *load {
+	d := &load{pause: pause}
 	for range clients {
 		d.wg.Add(1)
 		go func() {
 			defer d.wg.Done()
 			for !d.stop.Load() {
 				d.one(network, address)
+				time.Sleep(d.pause)
 			}
 		}()
 	}

@@ -2,9 +2,7 @@
 
 package lblisten
 
-import (
-	"strings"
-)
+import "strings"
 
 // openDescriptors isn't known here.
 func openDescriptors() int { return 0 }

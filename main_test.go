@@ -6,6 +6,7 @@ package lblisten
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -31,15 +33,69 @@ var slow = func() float64 {
 	return f
 }()
 
+// hurry is by how much counts, and the times for which tests go on, are divided with
+// -short. The processes that tests start have it from their parent's environment.
+var hurry = 1.0
+
+const hurryVariable, hurryMost = "LBLISTEN_TEST_SHORT", 6
+
+// limit is the longest time that something may take.
 func limit(d time.Duration) time.Duration { return time.Duration(float64(d) * slow) }
 
-// count is n on a usual machine, less on a slow one, and at least least.
-func count(n, least int) int { return max(least, int(float64(n)/slow)) }
+// count is n on a usual machine, less on a slow one and with -short, and at least
+// least.
+func count(n, least int) int { return max(least, int(float64(n)/slow/hurry)) }
+
+// size is count for what -short leaves alone: what would prove nothing if it were
+// smaller, or follow from a seed no more.
+func size(n, least int) int { return max(least, int(float64(n)/slow)) }
+
+// period is for how long a test goes on that could go on for ever.
+func period(d time.Duration) time.Duration { return time.Duration(float64(d) * slow / hurry) }
+
+// besideMost is how many tests run beside each other that only wait.
+const besideMost = "16"
+
+// besides are the tests that have called beside.
+var besides sync.Map
+
+// beside lets a test, or a part of it, run beside others. It is for those that wait,
+// for processes or for the kernel, and neither measure nor change what is all of
+// the process's. Nor may they rely on close(2) to have an effect at once: a process
+// that another test starts has the descriptors too, from fork to exec. What they
+// leave TestMain finds: noLeaks could not tell whose it is.
+func beside(t *testing.T) {
+	t.Helper()
+	besides.Store(t.Name(), true)
+	t.Parallel()
+}
+
+// isBeside tells whether a test, or one that it is a part of, runs beside others.
+func isBeside(t testing.TB) bool {
+	for name := t.Name(); ; name = name[:strings.LastIndexByte(name, '/')] {
+		if _, ok := besides.Load(name); ok {
+			return true
+		}
+		if !strings.Contains(name, "/") {
+			return false
+		}
+	}
+}
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if testing.Short() || os.Getenv(hurryVariable) != "" {
+		hurry = hurryMost
+		os.Setenv(hurryVariable, "1")
+	}
 	if name := os.Getenv("LBLISTEN_TEST_WORKER"); name != "" {
 		workers[name]()
 		os.Exit(0)
+	}
+	asked := false
+	flag.Visit(func(f *flag.Flag) { asked = asked || f.Name == "test.parallel" || f.Name == "test.fuzz" })
+	if !asked {
+		flag.Set("test.parallel", besideMost) // they wait, and need no processor each
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0") // what the runtime opens for itself, it opens once
 	if err == nil {
@@ -87,6 +143,9 @@ func mappedBPF() int {
 // noLeaks fails the test if it leaves a goroutine, a descriptor or an address.
 func noLeaks(t testing.TB) {
 	t.Helper()
+	if isBeside(t) {
+		return
+	}
 	ignore := goleak.IgnoreCurrent()
 	fds := openDescriptors()
 	t.Cleanup(func() {
@@ -126,10 +185,14 @@ func (m mode) need(t testing.TB) {
 
 var modes = []mode{{"kernel", WithRequireKernel()}, {"dispatcher", WithDispatcher()}}
 
-// inModes runs a test with the kernel and with the dispatcher.
+// inModes runs a test with the kernel and with the dispatcher, beside each other if
+// it runs beside others.
 func inModes(t *testing.T, f func(t *testing.T, m mode)) {
 	for _, m := range modes {
 		t.Run(m.name, func(t *testing.T) {
+			if isBeside(t) {
+				beside(t)
+			}
 			m.need(t)
 			noLeaks(t)
 			f(t, m)

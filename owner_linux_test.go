@@ -32,6 +32,7 @@ import (
 // accept4, getsockname, epoll_ctl, and setsockopt of TCP_NODELAY. Package net's
 // costs 8, the other 4 are for keep-alive.
 func TestAcceptSyscalls(t *testing.T) {
+	beside(t)
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip("strace is not installed")
@@ -39,7 +40,6 @@ func TestAcceptSyscalls(t *testing.T) {
 	if out, err := exec.Command(strace, "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("strace does not run here: %s", out)
 	}
-	noLeaks(t)
 	self, err := os.Executable()
 	require.NoError(t, err)
 	for _, c := range []struct {
@@ -47,6 +47,7 @@ func TestAcceptSyscalls(t *testing.T) {
 		setsockopt int
 	}{{"net", 5}, {"reuseport", 5}, {"kernel", 1}, {"dispatcher", 1}} {
 		t.Run(c.accepter, func(t *testing.T) {
+			beside(t)
 			trace := filepath.Join(t.TempDir(), "trace")
 			cmd := exec.Command(strace, "-f", "-o", trace, self)
 			cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER=acceptSyscalls", "LBLISTEN_TEST_ACCEPTER="+c.accepter,

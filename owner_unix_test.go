@@ -84,6 +84,7 @@ func outOfDescriptorsWorker() {
 // http.Server's do, use no more CPU time than the pauses let them, and what
 // waited meanwhile is served by them afterwards.
 func TestNobodySpinsWithoutDescriptors(t *testing.T) {
+	beside(t)
 	inModes(t, func(t *testing.T, m mode) {
 		t.Log(strings.TrimSpace(runWorker(t, "busyWithoutDescriptors", "LBLISTEN_TEST_MODE="+m.name, "GORACE=atexit_sleep_ms=0")))
 	})

@@ -11,12 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
-	"strings"
 	"syscall"
 	"testing"
-	"time"
 	"unsafe"
 
 	"github.com/stretchr/testify/require"
@@ -106,47 +103,25 @@ func networkWorker() {
 	check(cmd.Run())
 }
 
-// inNamespaces runs the test once more, in namespaces of its own, and returns
-// true there. The kernel's migration is forbidden there, because it would hide
-// what is lost.
+// inNamespaces runs the test alone, in namespaces of its own, and returns true there.
+// The kernel's migration is forbidden there, because it would hide what is lost.
 func inNamespaces(t *testing.T, flags uintptr) bool {
 	t.Helper()
-	if os.Getenv("LBLISTEN_TEST_NAMESPACES") == t.Name() {
-		filterBPF("EPERM")
-		if flags&unix.CLONE_NEWNS != 0 {
-			require.NoError(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
-		}
-		if flags&unix.CLONE_NEWNET != 0 {
-			setAddress(t, "lo", nil, unix.IFF_UP)
-		}
-		return true
-	}
 	if os.Geteuid() != 0 {
 		t.Skip("making namespaces takes root")
 	}
-	noLeaks(t)
-	self, err := os.Executable()
-	require.NoError(t, err)
-	cmd := exec.Command(self, "-test.v", "-test.run=^"+t.Name()+"$", "-test.timeout="+limit(time.Minute).String())
-	cmd.Env = append(os.Environ(), "LBLISTEN_TEST_NAMESPACES="+t.Name(), "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
-	out, err := cmd.CombinedOutput()
-	require.NoError(t, err, "%s", out)
-	for _, line := range strings.Split(string(out), "\n") {
-		switch what := strings.TrimSpace(line); {
-		case strings.HasPrefix(what, "--- SKIP: "+t.Name()+" "):
-			t.Skipf("%s", out)
-		case logLine.MatchString(what):
-			_, said, _ := strings.Cut(what, ": ")
-			t.Log(said)
-		}
+	if !rerun(t, &syscall.SysProcAttr{Cloneflags: flags}) {
+		return false
 	}
-	require.Contains(t, string(out), "--- PASS: "+t.Name()+" ", "%s", out)
-	return false
+	filterBPF("EPERM")
+	if flags&unix.CLONE_NEWNS != 0 {
+		require.NoError(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	}
+	if flags&unix.CLONE_NEWNET != 0 {
+		setAddress(t, "lo", nil, unix.IFF_UP)
+	}
+	return true
 }
-
-// logLine is what t.Log prints.
-var logLine = regexp.MustCompile(`^\w+_test\.go:\d+: `)
 
 // setAddress gives an interface an address, and flags: an alias without IFF_UP is
 // taken away.

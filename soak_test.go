@@ -261,11 +261,11 @@ func planMembers(r *rand.Rand) (plan []operation) {
 		case what < 1:
 			add("load", 0, r.IntN(7))
 		case what < 3:
-			add("burst", 0, 1+r.IntN(count(40, 5)))
+			add("burst", 0, 1+r.IntN(size(40, 5)))
 		case what < 4:
 			add("reset", 0, 1+r.IntN(5))
 		case !taken[on] && r.IntN(2) == 0:
-			add("lives", on, count(1+r.IntN(60), 1)) // one after the other
+			add("lives", on, size(1+r.IntN(60), 1)) // one after the other
 		case !taken[on]:
 			add("join", on, 1+r.IntN(3))
 			taken[on] = true
@@ -660,7 +660,7 @@ func TestSoak(t *testing.T) {
 		var sum totals
 		steered := make(map[Steering]int)
 		lives := int64(0)
-		soakRounds(t, limit(2*time.Second), 1, func(seed uint64) {
+		soakRounds(t, period(2*time.Second), 1, func(seed uint64) {
 			r := rand.New(rand.NewPCG(seed, 0))
 			s := &soak{t: t, nap: 100 * time.Microsecond, m: m, e: usable[r.IntN(len(usable))], steering: steerings[r.IntN(len(steerings))]}
 			plan := planMembers(r)

@@ -215,7 +215,7 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 		case what < 1:
 			add("load", 0, r.IntN(6))
 		case what < 4:
-			add("burst", 0, 1+r.IntN(count(60, 5)))
+			add("burst", 0, 1+r.IntN(size(60, 5)))
 		case !lives[on]:
 			start(on)
 		case what < 6:
@@ -232,12 +232,12 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 			}
 			add("stop", on, 0)
 			for range r.IntN(4) {
-				add("burst", 0, 1+r.IntN(count(60, 5)))
+				add("burst", 0, 1+r.IntN(size(60, 5)))
 			}
 			if other := r.IntN(soakProcesses); other != on && lives[other] && living() > 2 && r.IntN(2) == 0 {
 				add("if it may: "+ends[r.IntN(len(ends))], other, 0)
 				lives[other] = false // or not: then it isn't started again
-				add("burst", 0, 1+r.IntN(count(60, 5)))
+				add("burst", 0, 1+r.IntN(size(60, 5)))
 			}
 			if living() > 1 && r.IntN(4) == 0 {
 				add("kill", on, 0)
@@ -490,10 +490,11 @@ func clientsOf(pid, port int) (map[int]bool, error) {
 // order, alone and two at a time, under load, while their listeners come and go:
 // each client is served, unless a process had accepted it and was killed then.
 func TestHandoffSoak(t *testing.T) {
+	beside(t)
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		var sum totals
 		kills, accepted := 0, 0
-		soakRounds(t, limit(5*time.Second), 1, func(seed uint64) {
+		soakRounds(t, period(5*time.Second), 1, func(seed uint64) {
 			plan := planProcesses(rand.New(rand.NewPCG(seed, 1)))
 			ps := &processes{t: t, died: make(map[int][]time.Time),
 				job: serverJob{Path: handoffPath(t), Network: "tcp4", Address: "127.0.0.1:0", Dispatcher: dispatcher}}

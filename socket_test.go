@@ -15,6 +15,7 @@ import (
 // Queues that are full lose nothing: what the kernel doesn't let in tries again,
 // and all are served when somebody accepts.
 func TestFullQueue(t *testing.T) {
+	beside(t)
 	if !setsBacklog() {
 		t.Skipf("a queue's length can't be set on %s", runtime.GOOS)
 	}

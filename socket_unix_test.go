@@ -24,9 +24,10 @@ import (
 // Every descriptor of the package is closed by exec: a child process has none,
 // and when its parent closes, the address is free although the child lives.
 func TestDescriptorsAreClosedByExec(t *testing.T) {
+	beside(t)
 	for _, opts := range []string{"kernel", "dispatcher", "kernel source", "dispatcher source", "kernel cpu", "kernel load", "kernel handoff", "dispatcher handoff"} {
 		t.Run(opts, func(t *testing.T) {
-			noLeaks(t)
+			beside(t)
 			if strings.HasPrefix(opts, "kernel") {
 				modes[0].need(t)
 			}

@@ -94,13 +94,14 @@ func steerWorker() {
 // Each of 32 IPv4 and 32 IPv6 sources stays at one member, with the program that
 // migrates as well as with the classic one that takes no privilege.
 func TestSteerSourceByKernel(t *testing.T) {
-	noLeaks(t)
+	beside(t)
 	for _, s := range []sandbox{
 		{name: "root", reason: "no other process has a socket in the kernel's group"},
 		{name: "no privilege", uid: nobody, reason: "a classic program steers"},
 		{name: "no privilege, sysctl", uid: nobody, sysctl: true, reason: "no other process has a socket in the kernel's group"},
 	} {
 		t.Run(s.name, func(t *testing.T) {
+			beside(t)
 			for _, mptcp := range []string{"0", "2"} {
 				var r steerResult
 				s.run(t, "steer", &r, "GODEBUG=multipathtcp="+mptcp)
@@ -121,6 +122,9 @@ func TestSteerSourceByKernel(t *testing.T) {
 // served, and Info says so. When it has gone, the program (one with a table) is
 // back. A second process that asks for steering is refused at once.
 func TestProgramNeverStarvesOthers(t *testing.T) {
+	if !alone(t) {
+		return
+	}
 	noLeaks(t)
 	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerSource))
 	var wg sync.WaitGroup
@@ -247,56 +251,59 @@ func TestForeignMemberIsServed(t *testing.T) {
 }
 
 // Members join and leave while the kernel steers: nothing is lost, and one
-// source is at one member of those that there are.
+// source is at one member of those that there are. TestUnprivileged tries it with
+// a classic program.
 func TestJoinAndLeaveWhileSteering(t *testing.T) {
-	for _, classic := range []bool{false, true} {
-		for _, s := range []Steering{SteerSource, SteerLoad, SteerCPU} {
-			if classic && s != SteerSource {
-				continue
+	for _, s := range []Steering{SteerSource, SteerLoad, SteerCPU} {
+		t.Run(s.String(), func(t *testing.T) {
+			noLeaks(t)
+			if s == SteerLoad {
+				needBPF(t)
 			}
-			t.Run(fmt.Sprintf("%v, classic %v", s, classic), func(t *testing.T) {
-				noLeaks(t)
-				if classic {
-					failBPF(t, unix.EPERM)
-				} else if s == SteerLoad {
-					needBPF(t)
-				}
-				opts := []Option{WithRequireKernel(), WithSteering(s)}
-				g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
-				var wg sync.WaitGroup
-				var accepted atomic.Int64
-				for _, l := range ls {
-					wg.Add(1)
-					go echo(&wg, l, &accepted)
-				}
-				d := startLoad(8, "tcp", g.Addr().String())
-				for range count(100, 10) {
-					l := joinTest(t, ls[0], opts...)
-					wg.Add(1)
-					go echo(&wg, l, &accepted)
-					at := d.served.Load() + 10
-					require.Eventually(t, func() bool { return d.served.Load() > at || d.failed.Load() > 0 }, limit(10*time.Second), time.Millisecond)
-					require.NoError(t, l.Close())
-				}
-				d.end(t, false)
-				require.Equal(t, s, g.Info().Steering)
-				_, err := Listen("tcp", g.Addr().String(), WithLB())
-				require.ErrorContains(t, err, "steer", "a member that asks for another steering is refused")
-				require.NoError(t, g.Close())
-				wg.Wait()
-			})
-		}
+			opts := []Option{WithRequireKernel(), WithSteering(s)}
+			g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", opts...)
+			var wg sync.WaitGroup
+			var accepted atomic.Int64
+			for _, l := range ls {
+				wg.Add(1)
+				go echo(&wg, l, &accepted)
+			}
+			d := startLoad(8, "tcp", g.Addr().String())
+			for range count(100, 10) {
+				l := joinTest(t, ls[0], opts...)
+				wg.Add(1)
+				go echo(&wg, l, &accepted)
+				at := d.served.Load() + 10
+				require.Eventually(t, func() bool { return d.served.Load() > at || d.failed.Load() > 0 }, limit(10*time.Second), time.Millisecond)
+				require.NoError(t, l.Close())
+			}
+			d.end(t, false)
+			require.Equal(t, s, g.Info().Steering)
+			_, err := Listen("tcp", g.Addr().String(), WithLB())
+			require.ErrorContains(t, err, "steer", "a member that asks for another steering is refused")
+			require.NoError(t, g.Close())
+			wg.Wait()
+		})
 	}
 }
 
 // Of 200 members 196 close under load: nothing is lost. Where a program steers by a
-// table, a few seconds later four sockets are left. By flow the others stay, for members
-// that may join: nothing is attached for them, and what the kernel sends there is served.
+// table, a few seconds later four sockets are left. By flow, and without CAP_BPF, the
+// others stay, for members that may join: nothing is attached for them, and what the
+// kernel sends there is served.
 func TestSurplusSocketsAreRetired(t *testing.T) {
-	needBPF(t)
-	for s, left := range map[Steering]int{SteerSource: 4, SteerLoad: 4, SteerFlow: 200} {
+	beside(t)
+	for _, s := range []Steering{SteerFlow, SteerSource, SteerLoad} {
 		t.Run(s.String(), func(t *testing.T) {
-			t.Parallel() // it waits
+			beside(t)
+			left := 200
+			switch {
+			case s == SteerLoad:
+				needBPF(t)
+				left = 4
+			case s == SteerSource && mayUseBPF():
+				left = 4
+			}
 			g, ls := newTestGroup(t, 200, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(s))
 			var wg sync.WaitGroup
 			var accepted atomic.Int64
@@ -304,16 +311,18 @@ func TestSurplusSocketsAreRetired(t *testing.T) {
 				wg.Add(1)
 				go echo(&wg, l, &accepted)
 			}
-			d := startLoad(2, "tcp", g.Addr().String())
+			d := startPaced(time.Millisecond, 4, "tcp", g.Addr().String())
 			for _, l := range ls[2:198] {
 				require.NoError(t, l.Close())
 			}
 			start := time.Now()
+			if left == 200 {
+				time.Sleep(limit(retireAfter + 2*lookEvery)) // nothing happens, and that takes time
+			}
 			require.Eventually(t, func() bool { return g.Info().Sockets == left }, limit(20*time.Second), 50*time.Millisecond)
 			t.Logf("%d sockets are left after %v", left, time.Since(start))
-			if left == 200 {
-				time.Sleep(limit(retireAfter + 2*lookEvery))
-			}
+			at := d.served.Load() + 40
+			require.Eventually(t, func() bool { return d.served.Load() > at }, limit(5*time.Second), time.Millisecond)
 			d.end(t, false)
 			require.Equal(t, left, g.Info().Sockets)
 			require.NoError(t, g.Close())

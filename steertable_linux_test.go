@@ -31,11 +31,12 @@ func TestSteerLoadByKernel(t *testing.T) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			next := time.Now().Add(time.Second)
+			const half = 500 * time.Millisecond
+			next := time.Now().Add(half)
 			for {
 				if time.Now().After(next) {
-					time.Sleep(time.Second)
-					next = time.Now().Add(time.Second)
+					time.Sleep(half)
+					next = time.Now().Add(half)
 				}
 				c, err := acceptBy(ls[0], 50*time.Millisecond)
 				if err != nil {
@@ -57,7 +58,7 @@ func TestSteerLoadByKernel(t *testing.T) {
 		}()
 		d := new(load)
 		var late atomic.Int64
-		n := count(8000, 2000)
+		n := count(4000, 1000)
 		tick := time.NewTicker(500 * time.Microsecond) // 2000 connections/s
 		defer tick.Stop()
 		for range n {

@@ -15,6 +15,9 @@ import (
 // that looks ends and starts again all the time; and a group that stays is looked
 // after meanwhile. Nothing is left in the end.
 func TestKeepLooking(t *testing.T) {
+	if !alone(t) {
+		return
+	}
 	noLeaks(t)
 	idle := func() bool { return lookedAfter() == 0 }
 	require.True(t, idle())
@@ -37,9 +40,9 @@ func TestKeepLooking(t *testing.T) {
 		wg.Wait()
 		return starts.Load()
 	}
-	until := time.Now().Add(limit(300 * time.Millisecond))
+	until := time.Now().Add(period(300 * time.Millisecond))
 	n := churn(1, func() bool { return time.Now().Before(until) }) // each is the first and the last
-	until = time.Now().Add(limit(300 * time.Millisecond))
+	until = time.Now().Add(period(300 * time.Millisecond))
 	n += churn(4, func() bool { return time.Now().Before(until) })
 	require.True(t, idle())
 
