@@ -115,3 +115,6 @@ func TestUnprivileged(t *testing.T) {
 	}
 	t.Logf("%d tests passed as uid %d", strings.Count(string(out), "--- PASS"), nobody)
 }
+
+// closeDescriptor closes a socket behind package net's back.
+func closeDescriptor(c syscall.RawConn) { c.Control(func(fd uintptr) { unix.Close(int(fd)) }) }
