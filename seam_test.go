@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"unsafe"
+
+	"github.com/stretchr/testify/require"
 )
 
 // openAddresses is how many addresses this process listens on, by this package:
@@ -142,4 +144,44 @@ func comesAfterDeadline(l *Listener, c net.Conn) {
 	defer f.d.mu.Unlock()
 	f.deadline = longAgo
 	f.d.passLocked(arrival{c: c})
+}
+
+// joinWithNewSocket opens a member on the address of another that adopts no socket.
+func joinWithNewSocket(t testing.TB, of *Listener) *Listener {
+	t.Helper()
+	a := of.a
+	a.turn <- struct{}{}
+	defer a.giveTurn()
+	s, err := a.openSocket(context.Background(), a.at, &request{config: new(config), at: a.at, literal: a.at.String()})
+	require.NoError(t, err)
+	l := &Listener{a: a, role: newOwner(a, newWatch(a, s, nil))}
+	a.mu.Lock()
+	a.joining++
+	a.mu.Unlock()
+	a.joined(1, []*Listener{l}, nil)
+	return l
+}
+
+// dropShared closes shared sockets of a group's address until so many are left.
+func dropShared(t testing.TB, g *Group, left int) {
+	t.Helper()
+	a := g.a
+	a.turn <- struct{}{}
+	defer a.giveTurn()
+	for len(*a.shared.Load()) > left {
+		s := a.adopt(context.Background(), a.at.network)
+		a.k.discard(s)
+	}
+}
+
+// oneMore makes one more member of what Dispatch has made.
+func oneMore(g *Group) *Listener {
+	a := g.a
+	a.mu.Lock()
+	a.joining++
+	a.mu.Unlock()
+	l := &Listener{a: a, role: a.d.join()}
+	a.joined(1, []*Listener{l}, nil)
+	g.members = append(g.members, l)
+	return l
 }
