@@ -99,7 +99,7 @@ func TestUnprivileged(t *testing.T) {
 	path := executable(t)
 	cmd := exec.Command(path, "-test.v", "-test.run="+strings.Join([]string{
 		"^TestSiblingInheritsQueue", "TestBlockedHeirIsWoken", "TestCloseInAnyOrder", "TestJoinAndLeaveUnderLoad",
-		"TestBalance", "TestConflicts", "TestJoinAndLeaveWhileSteering", "TestSurplusSocketsAreRetired", "TestHTTP", "TestUnixSocket", "TestSoak", "TestHandoff.*", "TestConformance", "TestConn"}, "$|^"))
+		"TestBalance", "TestConflicts", "TestJoinAndLeaveWhileSteering", "TestSurplusSocketsAreRetired", "TestUsersProgramStays", "TestDuplicateIsNoStranger", "TestNoBPFWithoutCapability", "TestHunt.*", "TestHTTP", "TestUnixSocket", "TestSoak", "TestHandoff.*", "TestConformance", "TestConn"}, "$|^"))
 	cmd.Dir = filepath.Dir(path)
 	cmd.Env = append(os.Environ(), "TMPDIR="+cmd.Dir, "HOME="+cmd.Dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}

@@ -4,9 +4,11 @@ package lblisten
 
 import (
 	"context"
+	"encoding/binary"
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -98,4 +100,193 @@ func TestAddressComesAndGoes(t *testing.T) {
 		t.Logf("%s: while the address was gone, %d tried, %d lost", m.name, len(conns), len(conns)-served)
 		require.Equal(t, len(conns), served)
 	})
+}
+
+// bindTo is a ListenConfig for one device.
+func bindTo(device string) net.ListenConfig {
+	return net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return onFD(c, func(fd uintptr) error { return unix.BindToDevice(int(fd), device) })
+	}}
+}
+
+func ip(t *testing.T, args ...string) {
+	t.Helper()
+	path, err := exec.LookPath("ip")
+	if err != nil {
+		t.Skip("iproute2 is not installed")
+	}
+	if out, err := exec.Command(path, args...).CombinedOutput(); err != nil {
+		t.Skipf("ip %v: %s", args, out)
+	}
+}
+
+// Listeners of one address that are bound to two devices are strangers: none is served
+// by the other, also when one is closed, and a device that is made again is another.
+func TestDevicesAreStrangers(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNET) {
+		return
+	}
+	ip(t, "link", "add", "blue", "type", "veth", "peer", "name", "eulb")
+	ip(t, "link", "set", "blue", "up")
+	inModes(t, func(t *testing.T, m mode) {
+		const address = "0.0.0.0:20179"
+		open := func(device string) *Listener {
+			l, err := ListenContext(context.Background(), "tcp4", address, m.opt, WithListenConfig(bindTo(device)))
+			require.NoError(t, err)
+			t.Cleanup(func() { l.Close() })
+			return l.(*Listener)
+		}
+		lo, blue := open("lo"), open("blue")
+		require.Equal(t, 2, openAddresses())
+		dial := func() error {
+			c, err := dialOnce("tcp4", "127.0.0.1:20179") // comes in by lo
+			if err == nil {
+				c.Close()
+			}
+			return err
+		}
+		for range 20 {
+			require.NoError(t, dial())
+			acceptWithin(t, lo)
+		}
+		require.Zero(t, blue.Stats().Queued)
+		require.NoError(t, lo.Close())
+		require.ErrorIs(t, dial(), unix.ECONNREFUSED)
+		lo = open("lo")
+		require.NoError(t, dial())
+		acceptWithin(t, lo)
+		require.Equal(t, 1, lo.Info().Members)
+
+		// Both stay open over it.
+		ip(t, "link", "delete", "blue")
+		ip(t, "link", "add", "blue", "type", "veth", "peer", "name", "eulb")
+		again := open("blue")
+		require.Equal(t, 3, openAddresses())
+		require.NoError(t, blue.Close())
+		require.Equal(t, 1, again.Info().Members)
+		require.Zero(t, again.Stats().Inherited)
+		require.NoError(t, again.Close())
+		require.NoError(t, lo.Close())
+	})
+}
+
+// inNetwork runs f in a network namespace of its own, as programs do that have a
+// thread in each.
+func inNetwork(t *testing.T, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // the thread ends with the goroutine
+		check(unix.Unshare(unix.CLONE_NEWNET))
+		setAddress(t, "lo", nil, unix.IFF_UP)
+		f()
+	}()
+	<-done
+}
+
+// Two network namespaces of one process are strangers: each address serves its own,
+// steers by itself, and its Info is about its own namespace.
+func TestNamespacesAreStrangers(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNET) {
+		return
+	}
+	noLeaks(t)
+	for _, opts := range [][]Option{{WithLB()}, {WithDispatcher()}, {WithSteering(SteerSource)}} {
+		_, here := newTestGroup(t, 2, "tcp4", "127.0.0.1:0", opts...)
+		address := here[0].Addr().String()
+		ask := func(l *Listener) {
+			for range 10 {
+				c, err := net.Dial("tcp4", address) // in this thread's namespace
+				require.NoError(t, err)
+				c.Close()
+				acceptWithin(t, l)
+			}
+		}
+		require.NoError(t, here[1].Close())
+		inNetwork(t, func() {
+			there, err := Listen("tcp4", address, opts...)
+			require.NoError(t, err)
+			l := there.(*Listener)
+			require.Equal(t, 1, l.Info().Members)
+			require.Zero(t, l.Info().OnClose)
+			ask(l)
+			require.Equal(t, here[0].Info().Steering, l.Info().Steering)
+			require.NotContains(t, l.Info().Reason.Error(), "another process")
+			require.Zero(t, l.Stats().Inherited)
+			require.NoError(t, l.Close())
+			_, err = net.Dial("tcp4", address)
+			require.ErrorIs(t, err, unix.ECONNREFUSED)
+		})
+		ask(here[0])
+		require.NotContains(t, here[0].Info().Reason.Error(), "another process")
+		require.NoError(t, here[0].Close())
+	}
+}
+
+// What Control does to IPV6_V6ONLY decides which place a wildcard is.
+func TestV6OnlyBelongsToThePlace(t *testing.T) {
+	endpoints[3].need(t)
+	inModes(t, func(t *testing.T, m mode) {
+		_, both := newTestGroup(t, 1, "tcp", ":0", m.opt)
+		only := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+			return onFD(c, func(fd uintptr) error { return unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1) })
+		}}
+		_, port, err := net.SplitHostPort(both[0].Addr().String())
+		require.NoError(t, err)
+		require.NoError(t, both[0].Close())
+		six, err := Listen("tcp", ":"+port, m.opt, WithListenConfig(only))
+		require.NoError(t, err)
+		defer six.Close()
+		joined := joinTest(t, six, m.opt, WithListenConfig(only))
+		require.Equal(t, 2, joined.Info().Members)
+		_, err = dialOnce("tcp4", "127.0.0.1:"+port)
+		require.ErrorIs(t, err, unix.ECONNREFUSED)
+		four, err := Listen("tcp4", "0.0.0.0:"+port, m.opt)
+		require.NoError(t, err)
+		require.Equal(t, 2, openAddresses())
+		require.NoError(t, four.Close())
+		require.NoError(t, joined.Close())
+	})
+}
+
+// sock_diag tells of sockets of the same address that aren't of the same group: of
+// another device, or IPV6_V6ONLY.
+func TestDiagTellsStrangersApart(t *testing.T) {
+	message := func(device uint32, only byte) []byte {
+		m := make([]byte, 72+8)
+		binary.BigEndian.PutUint16(m[4:], 80)
+		binary.NativeEndian.PutUint32(m[40:], device)
+		binary.NativeEndian.PutUint32(m[68:], 7)
+		binary.NativeEndian.PutUint16(m[72:], 5)
+		binary.NativeEndian.PutUint16(m[74:], 11)
+		m[76] = only
+		return m
+	}
+	for _, c := range []struct {
+		at     place
+		device uint32
+		only   byte
+		is     bool
+	}{
+		{place{network: "tcp", host: "::", port: 80}, 0, 0, true},
+		{place{network: "tcp", host: "::", port: 80}, 0, 1, false},
+		{place{network: "tcp6", host: "::", port: 80}, 0, 1, true},
+		{place{network: "tcp6", host: "::", port: 80}, 0, 0, false},
+		{place{network: "tcp6", host: "::", port: 80, device: 3}, 0, 1, false},
+		{place{network: "tcp6", host: "::", port: 80, device: 3}, 3, 1, true},
+		{place{network: "tcp4", host: "0.0.0.0", port: 80}, 0, 0, true},
+		{place{network: "tcp4", host: "0.0.0.0", port: 80}, 2, 0, false},
+		{place{network: "tcp4", host: "0.0.0.0", port: 81}, 0, 0, false},
+		{place{network: "tcp4", host: "127.0.0.1", port: 80}, 0, 0, false},
+	} {
+		ino, is := diagInode(message(c.device, c.only), c.at)
+		require.Equal(t, c.is, is, "%+v", c)
+		require.Equal(t, map[bool]uint32{true: 7}[is], ino)
+	}
+	_, is := diagInode(make([]byte, 71), place{})
+	require.False(t, is)
+	for _, attrs := range [][]byte{{}, {1}, {4, 0, 11, 0}, {200, 0, 11, 0, 1}, {0, 0, 11, 0, 1}} {
+		require.False(t, isDiagOnly(attrs))
+	}
 }

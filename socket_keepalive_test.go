@@ -39,7 +39,22 @@ func optionsOf(t testing.TB, c net.Conn, all ...bool) map[string]int {
 	return options
 }
 
+// leftAlone is a ListenConfig as grpc.Server.Serve recommends it: package net leaves
+// the keep-alive alone, and Control sets the system's.
+var leftAlone = net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
+	return onFD(c, func(fd uintptr) (err error) {
+		for _, o := range [][3]int{{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1}, {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 600},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 60}, {unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4}} {
+			if err == nil {
+				err = unix.SetsockoptInt(int(fd), o[0], o[1], o[2])
+			}
+		}
+		return err
+	})
+}}
+
 var listenConfigs = []net.ListenConfig{
+	leftAlone,
 	{},
 	{KeepAlive: -1},
 	{KeepAlive: 33 * time.Second},
@@ -88,8 +103,8 @@ func TestAdoptedSocketHasItsAdoptersKeepAlive(t *testing.T) {
 	modes[0].need(t)
 	noLeaks(t)
 	for i, lc := range listenConfigs {
-		if lc.Control != nil || lc.KeepAliveConfig.Idle < 0 || lc.KeepAlive == 1<<62 {
-			continue // Control isn't called again, and what is left to the system is as the opener left it
+		if lc.KeepAlive == 1<<62 {
+			continue // what the system refuses is as the opener left it
 		}
 		plain, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
 		require.NoError(t, err)
@@ -126,6 +141,7 @@ func TestAdoptedSocketHasItsAdoptersKeepAlive(t *testing.T) {
 func TestHandoffKeepsListenConfig(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		for _, lc := range []net.ListenConfig{
+			leftAlone,
 			{},
 			{KeepAlive: -1},
 			{KeepAlive: 33 * time.Second},

@@ -14,6 +14,9 @@ func init() {
 		"diskFull":     diskFullWorker,     // listens with a handoff on a full disk
 
 		// With a filter of system calls, or traced.
+		"attach":          attachWorker,          // listens, for strace to count programs
+		"killedForBPF":    killedForBPFWorker,    // listens in every mode where bpf(2) kills
+		"leftProgram":     leftProgramWorker,     // joins a process that steers, and ends
 		"listenCallsFail": listenCallsFailWorker, // has each system call of Listen fail
 		"acceptCallFails": acceptCallFailsWorker, // has accept4 fail at random
 		"withoutPoll":     withoutPollWorker,     // goes without poll, eventfd2 and the scheduler's calls
