@@ -71,6 +71,7 @@ func newAddress(req *request, noKernel error) *address {
 	a.shared.Store(new([]*watch))
 	if noKernel != nil {
 		a.d = &dispatcher{a: a}
+		a.d.out.L = &a.d.mu
 	}
 	return a
 }

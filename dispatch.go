@@ -31,6 +31,8 @@ type dispatcher struct {
 
 	mu      sync.Mutex  // guards what follows and all followers; never held over a call of a listener, or into code of the user
 	from    *source     // what it accepts from now
+	in      *source     // whose Accept whoever leads has called; nil if nobody has
+	out     sync.Cond   // told when in becomes nil
 	members []*follower // those that aren't closed
 	led     bool        // somebody leads
 	leader  *follower   // the member whose Accept that is; nil if it is the pump
@@ -44,8 +46,7 @@ type dispatcher struct {
 	opaque  string      // a type of connection that can't be asked for its addresses, of those that came
 	closed  bool
 
-	wakeMu sync.Mutex // held over SetDeadline of the source, which may block if it is foreign; comes last
-	woken  bool       // the source has a deadline that the leader takes back; guarded by wakeMu
+	wakeMu sync.Mutex // held over SetDeadline of sources, which may block if they are foreign; comes last
 }
 
 // An arrival is what an Accept may return: a connection, an error, or a panic or
@@ -180,7 +181,7 @@ func (d *dispatcher) leadLocked(f *follower, turn bool) arrival {
 	defer func() { d.led, d.leader = false, nil }()
 	if turn {
 		d.wakeMu.Lock()
-		d.woken = true
+		d.from.woken = true
 		d.from.deadliner.SetDeadline(time.Now().Add(takeTimeout)) // of package net: it doesn't block
 		d.wakeMu.Unlock()
 	}
@@ -224,8 +225,13 @@ func (d *dispatcher) pump() {
 // after a wake-up.
 func (d *dispatcher) acceptOneLocked() (r arrival) {
 	from := d.from
+	d.in = from
 	d.mu.Unlock()
-	defer d.mu.Lock()
+	defer func() {
+		d.mu.Lock()
+		d.in = nil
+		d.out.Broadcast()
+	}()
 	r.c, r.err = from.ln.Accept()
 	switch {
 	case r.err == nil && r.c == nil:
@@ -273,16 +279,19 @@ func (d *dispatcher) lookAgainLocked(f *follower) {
 	}
 }
 
-// interruptLocked ends the leader's Accept. Only the leader takes the deadline back:
+// interruptLocked ends the leader's Accept, if it has called one. Only the leader takes the deadline back:
 // anyone else could undo the wake-up before it is seen. SetDeadline of a foreign
 // listener may block, so it has a goroutine and a lock of its own.
 func (d *dispatcher) interruptLocked() {
-	dl := d.from.deadliner
+	from := d.in
+	if from == nil {
+		return // it is about to look
+	}
 	go func() {
 		d.wakeMu.Lock()
 		defer d.wakeMu.Unlock()
-		d.woken = true
-		dl.SetDeadline(longAgo)
+		from.woken = true
+		from.deadliner.SetDeadline(longAgo)
 	}()
 }
 
@@ -295,9 +304,9 @@ func (d *dispatcher) tookBack(from *source, err error) bool {
 	}
 	d.wakeMu.Lock()
 	defer d.wakeMu.Unlock()
-	woken := d.woken
+	woken := from.woken
 	if woken {
-		d.woken = false
+		from.woken = false
 		from.deadliner.SetDeadline(time.Time{})
 	}
 	return woken

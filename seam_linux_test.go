@@ -76,13 +76,6 @@ func retireNow(g *Group) {
 	a.k.tick()
 }
 
-// steersByProgram tells whether a program of the package steers at a group's
-// address now.
-func steersByProgram(g *Group) bool {
-	has := g.a.k.now.Load().program
-	return has == byTable || has == byPlace
-}
-
 // migrates tells whether a program is attached at a group's address that lets the kernel
 // inherit, whether or not another process is there to.
 func migrates(g *Group) bool {

@@ -27,15 +27,15 @@ func lean(lc net.ListenConfig) (net.ListenConfig, func(fd uintptr)) {
 
 // keepAliveOf reads the keep-alive of a listening socket.
 func keepAliveOf(fd uintptr, _ net.ListenConfig) keepAlive {
-	get := func(level, opt int) int {
-		n, _ := unix.GetsockoptInt(int(fd), level, opt)
+	get := func(opt int) int {
+		n, _ := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, opt)
 		return n
 	}
 	return keepAlive{
-		Enable:   get(unix.SOL_SOCKET, unix.SO_KEEPALIVE) != 0, // FreeBSD returns the option's bit
-		Idle:     time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE)) * time.Second,
-		Interval: time.Duration(get(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)) * time.Second,
-		Count:    get(unix.IPPROTO_TCP, unix.TCP_KEEPCNT),
+		Enable:   hasKeepAlive(fd),
+		Idle:     time.Duration(get(unix.TCP_KEEPIDLE)) * time.Second,
+		Interval: time.Duration(get(unix.TCP_KEEPINTVL)) * time.Second,
+		Count:    get(unix.TCP_KEEPCNT),
 	}
 }
 

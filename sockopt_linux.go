@@ -37,8 +37,7 @@ func factsOf(fd uintptr) (is facts) {
 	if is.device, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX); err != nil {
 		is.device = deviceByName(fd) // before Linux 5.1
 	}
-	only, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
-	is.only = err == nil && only != 0
+	is.only = isV6Only(fd)
 	return is
 }
 

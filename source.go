@@ -10,12 +10,13 @@ import (
 	"time"
 )
 
-// A source is what a dispatcher accepts from. It never changes.
+// A source is what a dispatcher accepts from. It never changes, but for woken.
 type source struct {
 	ln        net.Listener
 	deadliner interface{ SetDeadline(time.Time) error } // ln, if its Accept can be woken; nil: the pump leads
 	s         *socket                                   // of ln; nil if ln is foreign
 	finish    func(net.Conn)                            // what its connections need, nil for nothing
+	woken     bool                                      // it has a deadline that the leader takes back; guarded by the dispatcher's wakeMu
 }
 
 // sourceOf makes a source of a listener, s if it is one of this package.
@@ -88,15 +89,19 @@ func (d *dispatcher) renew(ctx context.Context, req *request) error {
 	return nil
 }
 
-// replace makes the dispatcher accept from another socket from now on, and has the
-// leader look, who waits in the one before.
+// replace makes the dispatcher accept from another socket from now on. When it returns
+// no leader is in the one before any more: its deadlines are others' then.
 func (d *dispatcher) replace(from *source) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.leader != nil {
+	before := d.from
+	d.from = from
+	if d.in == before {
 		d.interruptLocked()
 	}
-	d.from = from
+	for d.in == before {
+		d.out.Wait()
+	}
 }
 
 func (d *dispatcher) source() *source {
