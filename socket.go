@@ -43,9 +43,6 @@ func newSocket(ln net.Listener, network string, p *pooled) (*socket, error) {
 		return nil, err // a nil listener
 	}
 	s.conn.Control(func(fd uintptr) { s.fd = fd })
-	if u, ok := ln.(interface{ SetUnlinkOnClose(bool) }); ok {
-		u.SetUnlinkOnClose(false) // the file may be another's by then: see removeFile
-	}
 	return s, nil
 }
 
@@ -275,7 +272,11 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 		ln.Close()
 		return nil, err
 	}
-	s.file = lookAtFile(at)
+	if s.file = lookAtFile(at); s.file != nil {
+		if u, ok := ln.(interface{ SetUnlinkOnClose(bool) }); ok {
+			u.SetUnlinkOnClose(false) // the file may be another's by then: see removeFile
+		}
+	}
 	if req.backlog != nil {
 		if err := setBacklog(ln, *req.backlog); err != nil {
 			s.removeFile(at)
