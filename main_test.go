@@ -53,8 +53,10 @@ func size(n, least int) int { return max(least, int(float64(n)/slow)) }
 // period is for how long a test goes on that could go on for ever.
 func period(d time.Duration) time.Duration { return time.Duration(float64(d) * slow / hurry) }
 
-// besideMost is how many tests run beside each other that only wait.
-const besideMost = "16"
+// besideMost is how many tests run beside each other that only wait. With the race
+// detector, which makes their processes slow, there are fewer: processes of a handoff
+// wait for each other for a second, and go on alone then.
+var besideMost = map[bool]string{false: "12", true: "3"}[raceDetector]
 
 // besides are the tests that have called beside.
 var besides sync.Map

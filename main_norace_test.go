@@ -1,0 +1,5 @@
+//go:build !race
+
+package lblisten
+
+const raceDetector = false
