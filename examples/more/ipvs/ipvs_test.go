@@ -101,9 +101,8 @@ echo status $?
 echo o > /proc/sysrq-trigger
 sleep 100
 `), 0o755))
-		cmd = exec.Command(linux, "mem=512M", "rootfstype=hostfs", "rootflags=/", "root=/dev/root", "ro", "quiet",
-			"con=null", "con0=null,fd:1", "con1=null", "ssl=null", "init="+script)
-		cmd.Env = append(os.Environ(), "HOME="+dir, "TMPDIR="+dir)
+		needUserModeLinux(t, linux, dir)
+		cmd = userModeLinux(context.Background(), linux, dir, script)
 	} else {
 		t.Skip("the kernel has no IPVS, or this isn't root, and there is no user-mode Linux (Debian: user-mode-linux, kmod)")
 	}
@@ -119,6 +118,43 @@ sleep 100
 	}
 	require.Equal(t, "0", strings.TrimSpace(status))
 	p.Wait()
+}
+
+// userModeLinux boots a kernel that runs a script as its first process, and nothing else.
+func userModeLinux(ctx context.Context, linux, dir, script string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, linux, "mem=512M", "rootfstype=hostfs", "rootflags=/", "root=/dev/root", "ro", "quiet",
+		"con=null", "con0=null,fd:1", "con1=null", "ssl=null", "init="+script)
+	cmd.Env = append(os.Environ(), "HOME="+dir, "TMPDIR="+dir)
+	return cmd
+}
+
+// needUserModeLinux skips the test where that kernel doesn't get as far as its first
+// process: it asks the processor for more than some have ("ptrace set fp regs failed").
+func needUserModeLinux(t *testing.T, linux, dir string) {
+	t.Helper()
+	script := filepath.Join(dir, "probe")
+	require.NoError(t, os.WriteFile(script, []byte("#!/bin/sh\nmount -t proc proc /proc\necho it runs\necho o > /proc/sysrq-trigger\nsleep 100\n"), 0o755))
+	ctx, cancel := context.WithTimeout(context.Background(), exampletest.Limit(time.Minute))
+	defer cancel()
+	cmd := userModeLinux(ctx, linux, dir, script)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	out, err := cmd.CombinedOutput()
+	if cmd.Process != nil {
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	}
+	if strings.Contains(string(out), "it runs") {
+		return
+	}
+	why := err
+	for _, line := range strings.Split(string(out), "\n") {
+		if strings.Contains(line, "regs failed") || strings.Contains(line, "Kernel panic") {
+			why = errors.New(strings.TrimSpace(line))
+			break
+		}
+	}
+	t.Skipf("user-mode Linux doesn't run on this machine: %v", why)
 }
 
 func pwd(t *testing.T) string {
