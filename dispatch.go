@@ -290,6 +290,7 @@ func (d *dispatcher) interruptLocked() {
 	go func() {
 		d.wakeMu.Lock()
 		defer d.wakeMu.Unlock()
+		defer func() { recover() }() // one that panics wakes nobody, as one that does nothing
 		from.woken = true
 		from.deadliner.SetDeadline(longAgo)
 	}()

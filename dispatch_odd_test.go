@@ -245,6 +245,32 @@ func TestBlockingSetDeadline(t *testing.T) {
 	require.NoError(t, ls[1].Close())
 }
 
+// panicky panics when a deadline is set, but for the first one.
+type panicky struct {
+	*net.TCPListener
+	n atomic.Int64
+}
+
+func (l *panicky) SetDeadline(t time.Time) error {
+	if l.n.Add(1) > 1 {
+		panic("odd")
+	}
+	return l.TCPListener.SetDeadline(t)
+}
+
+// A SetDeadline that panics wakes nobody, and harms nobody.
+func TestPanickingSetDeadline(t *testing.T) {
+	noLeaks(t)
+	tcp := listenTCP(t)
+	ln := &panicky{TCPListener: tcp}
+	_, ls := dispatchTest(t, ln, 2)
+	got := blocked(t, ls[0])
+	require.NoError(t, ls[0].SetDeadline(longPast))
+	require.Eventually(t, func() bool { return ln.n.Load() == 2 }, limit(5*time.Second), time.Millisecond)
+	dialTest(t, tcp.Addr())
+	require.NoError(t, get(t, got).err)
+}
+
 // A serve that exits its goroutine ends nobody else, and Serve returns.
 func TestServeThatExits(t *testing.T) {
 	noLeaks(t)

@@ -161,6 +161,7 @@ func (a *address) dropUnreachable() {
 			continue
 		}
 		if a.unshare(w) {
+			a.withdraw(w.s.pooled)
 			w.s.ln.Close()
 		}
 	}

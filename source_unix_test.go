@@ -162,6 +162,32 @@ func TestUnixSocketsThatNobodyReachesAreLetGo(t *testing.T) {
 	require.NoError(t, next.Close())
 }
 
+// With a handoff a socket that is let go isn't in the pool any more, so its descriptors
+// go with it.
+func TestUnixSocketLetGoLeavesThePool(t *testing.T) {
+	if !handsOff() {
+		t.Skip("no handoff on this system")
+	}
+	noLeaks(t)
+	path, opt := socketPath(t), WithHandoff(handoffPath(t))
+	old, err := Listen("unix", path, opt)
+	require.NoError(t, err)
+	before := openDescriptors()
+	for range 20 {
+		require.NoError(t, os.Remove(path))
+		l, err := Listen("unix", path, opt)
+		require.NoError(t, err)
+		require.NoError(t, old.Close())
+		old = l
+	}
+	time.Sleep(limit(1100 * time.Millisecond)) // they are quiet for a second
+	l, err := Listen("unix", path, opt)
+	require.NoError(t, err)
+	require.NoError(t, old.Close())
+	require.Eventually(t, func() bool { return openDescriptors() <= before+4 }, limit(5*time.Second), time.Millisecond)
+	require.NoError(t, l.Close())
+}
+
 // A path that can't be looked at any more: its directory is gone. That is a new file,
 // and net's error.
 func TestUnixSocketWithoutDirectory(t *testing.T) {
