@@ -290,3 +290,59 @@ func TestDiagTellsStrangersApart(t *testing.T) {
 		require.False(t, isDiagOnly(attrs))
 	}
 }
+
+// However the members of an IPv6 address were asked for, all their sockets have one
+// IPV6_V6ONLY, and so are one group of the kernel's.
+func TestSocketsOfAPlaceAgreeOnV6Only(t *testing.T) {
+	endpoints[1].need(t)
+	modes[0].need(t)
+	noLeaks(t)
+	set := func(only int) Option {
+		return WithListenConfig(net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+			return onFD(c, func(fd uintptr) error { return unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, only) })
+		}})
+	}
+	asIs := WithLB()
+	for _, c := range []struct {
+		host, first string
+		firstOpt    Option
+		later       string
+		laterOpt    Option
+	}{
+		{"::", "tcp", set(1), "tcp6", asIs},
+		{"::", "tcp6", set(0), "tcp", asIs},
+		{"::", "tcp6", asIs, "tcp", set(1)},
+		{"::", "tcp", asIs, "tcp6", set(0)},
+		{"::1", "tcp", asIs, "tcp6", asIs},
+		{"::1", "tcp6", asIs, "tcp", asIs},
+		{"::1", "tcp", set(1), "tcp", asIs},
+	} {
+		a, err := Listen(c.first, "["+c.host+"]:0", WithRequireKernel(), c.firstOpt)
+		require.NoError(t, err)
+		_, port, err := net.SplitHostPort(a.Addr().String())
+		require.NoError(t, err)
+		b, err := Listen(c.later, "["+c.host+"]:"+port, WithRequireKernel(), c.laterOpt)
+		require.NoError(t, err, "%+v", c)
+		ls := []*Listener{a.(*Listener), b.(*Listener)}
+		require.Equal(t, 2, ls[0].Info().Members, "%+v", c)
+		var only []bool
+		for _, l := range ls {
+			require.NoError(t, onDescriptor(l, func(fd int) error { only = append(only, isV6Only(uintptr(fd))); return nil }))
+		}
+		require.Equal(t, only[0], only[1], "%+v", c)
+		got := [2]int{}
+		for got[0] == 0 || got[1] == 0 { // both get some
+			dialTest(t, &net.TCPAddr{IP: net.IPv6loopback, Port: a.Addr().(*net.TCPAddr).Port})
+			require.Less(t, got[0]+got[1], 200)
+			for i, l := range ls {
+				if c, err := acceptBy(l, 2*time.Millisecond); err == nil {
+					c.Close()
+					got[i]++
+				}
+			}
+		}
+		for _, l := range ls {
+			require.NoError(t, l.Close())
+		}
+	}
+}

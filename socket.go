@@ -218,7 +218,7 @@ func (a *address) withdraw(p *pooled) {
 
 // openSocket opens a socket of the kernel's group.
 func (a *address) openSocket(ctx context.Context, at place, req *request) (*socket, error) {
-	network, literal := a.network, req.literal // the kernel's group is one of equal IPV6_V6ONLY
+	network, literal := req.network, req.literal
 	if at.network != a.at.network {
 		network = at.network // one of two, see split
 	}
@@ -238,7 +238,7 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 	var p *pooled
 	lc, setKeepAlive := lean(req.lc)
 	lc.SetMultipathTCP(false)
-	lc.Control = chainControl(lc.Control, func(_, _ string, c syscall.RawConn) error {
+	lc.Control = chainControl(lc.Control, func(family, _ string, c syscall.RawConn) error {
 		var err error
 		cerr := c.Control(func(fd uintptr) {
 			if !at.isUnix() {
@@ -246,6 +246,9 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 			}
 			if a.k == nil {
 				return
+			}
+			if family == "tcp6" && at == a.at {
+				a.alignV6Only(fd)
 			}
 			if err = joinKernelGroup(fd); err == nil {
 				err = a.k.control(fd)
@@ -286,6 +289,20 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 	}
 	opened = true
 	return s, nil
+}
+
+// alignV6Only gives a new socket the IPV6_V6ONLY of those that the address has. On a
+// wildcard it is a matter of the place, so it changes nothing but what "tcp", "tcp6" and
+// Control make of one; on any other address it means nothing, but the kernel's group is
+// one of sockets that are equal in it.
+func (a *address) alignV6Only(fd uintptr) {
+	for _, c := range a.conns() {
+		var only bool
+		if c.Control(func(fd uintptr) { only = isV6Only(fd) }) == nil {
+			setV6Only(fd, only)
+			return
+		}
+	}
 }
 
 // chainControl calls the user's Control first, so that ours has the last word.

@@ -16,6 +16,9 @@ func setBacklog(ln net.Listener, n int) error { return ErrUnsupported }
 // isV6Only is asked nowhere: see isDualStack.
 func isV6Only(fd uintptr) bool { return false }
 
+// setV6Only: no kernel balances here.
+func setV6Only(fd uintptr, only bool) {}
+
 // hasKeepAlive: nobody else's socket is ever received here.
 func hasKeepAlive(fd uintptr) bool { return false }
 

@@ -48,6 +48,15 @@ func isV6Only(fd uintptr) bool {
 	return err == nil && on != 0
 }
 
+// setV6Only sets that, before bind.
+func setV6Only(fd uintptr, only bool) {
+	on := 0
+	if only {
+		on = 1
+	}
+	unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, on)
+}
+
 // hasKeepAlive tells whether SO_KEEPALIVE is set.
 func hasKeepAlive(fd uintptr) bool {
 	on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)
