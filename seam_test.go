@@ -152,7 +152,7 @@ func joinWithNewSocket(t testing.TB, of *Listener) *Listener {
 	a := of.a
 	a.turn <- struct{}{}
 	defer a.giveTurn()
-	s, err := a.openSocket(context.Background(), a.at, &request{config: new(config), at: a.at, literal: a.at.String()})
+	s, err := a.openSocket(context.Background(), a.at, &request{config: new(config), network: a.network, at: a.at, literal: a.at.String()})
 	require.NoError(t, err)
 	l := &Listener{a: a, role: newOwner(a, newWatch(a, s, nil))}
 	a.mu.Lock()
