@@ -262,10 +262,10 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 	isNew := a.at.isNew()
 	if a.handoff != "" && a.h == nil {
 		if a.h, err = openHandoff(a.handoff, a.log); err != nil {
-			return err
+			return fmt.Errorf("WithHandoff: %w", err)
 		}
 		if !isNew {
-			a.h.enter(ctx, a)
+			a.h.enter(a)
 		}
 	}
 	var socks []*socket
@@ -300,10 +300,7 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 	if isNew {
 		a.register()
 		if a.h != nil {
-			for _, s := range socks {
-				a.h.bound(s.pooled, a.at)
-			}
-			a.h.enter(ctx, a)
+			a.h.enter(a)
 		}
 	}
 	return nil
@@ -389,6 +386,9 @@ func (a *address) end(own []*watch) (err error) {
 		a.k.leave(socks)
 	}
 	for _, s := range socks {
+		if !others {
+			s.removeFile(a.at) // another process may have bound it
+		}
 		err = cmp.Or(err, s.ln.Close())
 	}
 	if a.d != nil {

@@ -155,12 +155,7 @@ var errAsked = errors.New("the dispatcher was asked for")
 func (a *address) register() {
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
-	switch addr := a.addr.(type) {
-	case *net.TCPAddr:
-		a.at.port = addr.Port
-	default:
-		a.at.host = addr.String()
-	}
+	a.at = a.at.of(a.addr)
 	registry.addresses[a.at] = a
 }
 
@@ -219,9 +214,6 @@ func (a *address) limit() int {
 		limit = system.groupLimit
 		if a.steering.byProgram() {
 			limit = min(limit, steeredMost)
-		}
-		if a.handoff != "" {
-			limit = min(limit, handoffSockets)
 		}
 	}
 	return limit

@@ -2,7 +2,7 @@
 
 package lblisten
 
-// The files of a handoff.
+// The directory of a handoff.
 
 import (
 	"math/rand/v2"
@@ -23,63 +23,60 @@ func TestHandoffBadPath(t *testing.T) {
 	dir := filepath.Dir(handoffPath(t))
 	file := filepath.Join(dir, "file")
 	require.NoError(t, os.WriteFile(file, []byte("precious"), 0o600))
-	require.NoError(t, os.Mkdir(filepath.Join(dir, "dir"), 0o700))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "group"), 0o750))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "open"), 0o700))
 	require.NoError(t, os.Chmod(filepath.Join(dir, "open"), 0o777))
-	require.NoError(t, os.Mkdir(filepath.Join(dir, "locked.lock"), 0o700))
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "pid.lock"), []byte("12345\n"), 0o600))
-	require.NoError(t, os.Symlink(file, filepath.Join(dir, "link.lock")))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "private"), 0o700))
+	require.NoError(t, os.Symlink(filepath.Join(dir, "private"), filepath.Join(dir, "link")))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "closed"), 0o500))
 	for _, c := range []struct{ path, want string }{
 		{"", "the path is empty"},
 		{"a\x00b", "NUL"},
-		{filepath.Join(dir, strings.Repeat("x", 100)), "choose a shorter one"},
-		{filepath.Join(dir, "none", "lb"), "no such file or directory"},
+		{"handoff", `"handoff" is relative`},
+		{"./handoff", "is relative"},
+		{"@handoff", "is no path of a directory"},
+		{"~/handoff", "is no path of a directory"},
+		{filepath.Join(dir, strings.Repeat("x", 100)), "choose a shorter path"},
+		{filepath.Join(dir, "none", "lb"), "make its parent (install -d -m 755 " + filepath.Join(dir, "none") + ")"},
+		{filepath.Join(dir, "none", "lb"), "RuntimeDirectory="},
 		{filepath.Join(file, "lb"), "not a directory"},
-		{filepath.Join(dir, "dir"), "is not a unix socket: choose another path"},
-		{file, "is not a unix socket: choose another path"},
-		{filepath.Join(dir, "pid"), "is not the lock file of a handoff"},
-		{filepath.Join(dir, "open", "lb"), "can be written to by others"},
-		{filepath.Join(dir, "locked"), "lock file"},
-		{filepath.Join(dir, "link"), "lock file"},
+		{file, "is not a directory, and a handoff needs one"},
+		{filepath.Join(dir, "link"), "is not a directory, and a handoff needs one"},
+		{filepath.Join(dir, "group"), "has mode 0750, and a handoff's directory is its user's alone (0700)"},
+		{filepath.Join(dir, "open"), "such as " + filepath.Join(dir, "open", "lblisten")},
 		{filepath.Join(dir, "closed", "lb"), "permission denied"},
 	} {
 		if c.want == "permission denied" && os.Geteuid() == 0 {
 			continue // TestUnprivileged has this case
 		}
-		ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(c.path))
-		require.ErrorContains(t, err, c.want, "%q", c.path)
-		require.ErrorContains(t, err, "127.0.0.1:0")
-		require.ErrorContains(t, err, "WithHandoff")
-		require.Nil(t, ln)
-		require.IsType(t, (*net.OpError)(nil), err)
+		for _, opt := range []Option{WithLB(), WithDispatcher()} {
+			ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(c.path), opt)
+			require.ErrorContains(t, err, c.want, "%q", c.path)
+			require.ErrorContains(t, err, "127.0.0.1:0")
+			require.ErrorContains(t, err, "WithHandoff")
+			require.Nil(t, ln)
+			require.IsType(t, (*net.OpError)(nil), err)
+		}
 	}
 	b, err := os.ReadFile(file)
 	require.NoError(t, err)
 	require.Equal(t, "precious", string(b))
-}
-
-// A path on which another program listens is left to it.
-func TestHandoffPathOfAnotherProgram(t *testing.T) {
-	beside(t)
-	for _, name := range []func(string) string{func(p string) string { return p }, newPath} {
-		t.Run("socket"+filepath.Ext(name("socket")), func(t *testing.T) {
-			beside(t)
-			path := handoffPath(t)
-			other, err := net.Listen("unix", name(path))
-			require.NoError(t, err)
-			ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
-			require.NoError(t, err)
-			require.ErrorContains(t, ln.(*Listener).Info().Reason, "another program listens on "+name(path))
-			require.NoError(t, ln.Close())
-			require.FileExists(t, name(path))
-			other.Close()
-		})
+	for _, name := range []string{"private", "group", "open", "closed"} {
+		entries, err := os.ReadDir(filepath.Join(dir, name))
+		require.NoError(t, err)
+		require.Empty(t, entries)
 	}
+	// A path that fits, however it is spelled, in a directory that everybody may write to.
+	a, err := Listen("tcp", "127.0.0.1:0", WithHandoff(filepath.Join(dir, "open", "lblisten")))
+	require.NoError(t, err)
+	b2, err := Listen("tcp", a.Addr().String(), WithHandoff(dir+"//open/./lblisten/"))
+	require.NoError(t, err)
+	require.NoError(t, b2.Close())
+	require.NoError(t, a.Close())
 }
 
-// A whole set that starts anew after a crash finds what the crash left: a socket
-// file that nobody listens on, and a lock file.
+// What isn't a process's in the directory is left alone; the file of a dead one is
+// removed.
 func TestHandoffStaleFiles(t *testing.T) {
 	noLeaks(t)
 	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
@@ -87,63 +84,68 @@ func TestHandoffStaleFiles(t *testing.T) {
 	for _, s := range servers {
 		s.kill()
 	}
-	require.FileExists(t, lockPath(job.Path))
-	os.Remove(newPath(job.Path)) // of a hub that died between bind and rename
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: newPath(job.Path)})
+	name := func(s string) string { return filepath.Join(job.Path, s) }
+	require.NoError(t, os.WriteFile(name("README"), nil, 0o600))
+	require.NoError(t, os.WriteFile(name("0123456789abcdef"), nil, 0o600)) // no socket
+	other, err := net.Listen("unix", name("other.sock"))
 	require.NoError(t, err)
-	ln.SetUnlinkOnClose(false)
-	ln.Close()
-	job.Address = "127.0.0.1:0"
+	defer other.Close()
+	for _, young := range []bool{true, false} { // of processes that died between bind and rename
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: name("." + newID().String())})
+		require.NoError(t, err)
+		ln.SetUnlinkOnClose(false)
+		ln.Close()
+		if !young {
+			before := time.Now().Add(-time.Hour)
+			require.NoError(t, os.Chtimes(ln.Addr().String(), before, before))
+		}
+	}
 	a := startServer(t, job)
 	job.Address = a.Address
 	b := startServer(t, job)
 	a.becomes(isHandedOff)
 	b.becomes(isHandedOff)
+	soon(t, func() bool {
+		entries, err := os.ReadDir(job.Path)
+		return err == nil && len(entries) == 2+4
+	}, "files of dead processes are there still")
 	b.close()
 	a.close()
-	require.NoFileExists(t, job.Path)
-	require.NoFileExists(t, newPath(job.Path))
-	require.FileExists(t, lockPath(job.Path))
+	entries, err := os.ReadDir(job.Path)
+	require.NoError(t, err)
+	require.Len(t, entries, 4)
 }
 
-// Somebody removes the files of a set that lives: it finds together again.
-func TestHandoffFilesRemoved(t *testing.T) {
+// Somebody removes the file of a process that lives: it announces itself again.
+func TestHandoffFileRemoved(t *testing.T) {
 	beside(t)
-	for _, what := range []func(string) string{func(p string) string { return p }, lockPath} {
-		t.Run(filepath.Ext(what("socket")), func(t *testing.T) {
-			beside(t)
-			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
-			a := startServer(t, job)
-			job.Address = a.Address
-			b := startServer(t, job)
-			a.becomes(isHandedOff)
-			require.NoError(t, os.Remove(what(job.Path)))
-			c := startServer(t, job)
-			hubs := 0
-			for _, s := range []*server{a, b, c} {
-				s.becomes(isHandedOff)
-			}
-			require.Eventually(t, func() bool {
-				hubs = 0
-				for _, s := range []*server{a, b, c} {
-					if r := s.ask("report"); r.Hub && isHandedOff(r) {
-						hubs++
-					}
-				}
-				return hubs == 1
-			}, limit(5*time.Second), 20*time.Millisecond, "%+v %+v %+v", &a.serverReport, &b.serverReport, &c.serverReport)
-			conns := standing(t, job.Address, 60)
-			a.kill()
-			b.kill()
-			c.ask("accept")
-			require.Equal(t, len(conns), answered(conns))
-		})
+	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0"}
+	a := startServer(t, job)
+	job.Address = a.Address
+	b := startServer(t, job)
+	a.becomes(isHandedOff)
+	entries, err := os.ReadDir(job.Path)
+	require.NoError(t, err)
+	for _, e := range entries {
+		require.NoError(t, os.Remove(filepath.Join(job.Path, e.Name())))
 	}
+	soon(t, func() bool {
+		entries, err := os.ReadDir(job.Path)
+		return err == nil && len(entries) == 2
+	}, "they aren't announced again")
+	c := startServer(t, job)
+	for _, s := range []*server{a, b, c} {
+		s.becomes(isHandedOff)
+	}
+	conns := standing(t, job.Address, 60)
+	a.kill()
+	b.kill()
+	c.ask("accept")
+	require.Equal(t, len(conns), answered(conns))
 }
 
 // The directory of a handoff that vanishes while it is in use takes nothing with
-// it: the processes go on with what they hold, and when the directory is there
-// again, they find together.
+// it: the processes keep their links, and make it again.
 func TestHandoffDirectoryVanishes(t *testing.T) {
 	beside(t)
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
@@ -159,17 +161,22 @@ func TestHandoffDirectoryVanishes(t *testing.T) {
 		}
 		n := count(300, 30)
 		conns := standing(t, job.Address, n)
-		require.NoError(t, os.RemoveAll(dir))
-		servers[1].becomes(func(r serverReport) bool { return !isHandedOff(r) })
-		require.Contains(t, servers[1].Reason, "no such file or directory")
-		servers[0].kill()
+		soon(t, func() bool { return os.RemoveAll(dir) == nil }, "who looks meanwhile announces itself again") // with what it is in
 		other := beginServer(t, job)
 		other.hear()
-		require.Contains(t, other.Err, dir)
+		require.Contains(t, other.Err, "make its parent (install -d -m 755 "+dir)
+		time.Sleep(lookAtHandoff)
+		require.True(t, isHandedOff(servers[1].ask("report")), servers[1].Reason)
+		servers[0].kill()
 		servers[1].ask("accept")
+		servers[2].ask("accept")
 		require.Equal(t, n, answered(conns))
 
 		require.NoError(t, os.Mkdir(dir, 0o700))
+		soon(t, func() bool {
+			entries, err := os.ReadDir(job.Path)
+			return err == nil && len(entries) == 2
+		}, "the directory isn't made again")
 		servers = append(servers[1:], startServer(t, job))
 		for _, s := range servers {
 			s.becomes(isHandedOff)
@@ -179,7 +186,6 @@ func TestHandoffDirectoryVanishes(t *testing.T) {
 		}
 		more := standing(t, job.Address, n)
 		servers[0].ask("close")
-		servers[1].ask("accept")
 		servers[2].ask("accept")
 		served := answered(more)
 		t.Logf("%d tried, %d lost; one of three processes was killed while the directory was gone", 2*n, n-served)
@@ -215,7 +221,7 @@ func TestHandoffUnixSocketFileOfTheLast(t *testing.T) {
 	job := serverJob{Path: path, Network: "unix", Address: app, Members: 1}
 	for range count(20, 4) {
 		var others []*server
-		first := rand.IntN(2) == 0 // and the hub
+		first := rand.IntN(2) == 0
 		if !first {
 			others = append(others, startServer(t, job))
 		}
@@ -229,34 +235,124 @@ func TestHandoffUnixSocketFileOfTheLast(t *testing.T) {
 	}
 }
 
-// FuzzLock: a lock file is taken for one only if it is, and what a hub writes
-// into one is read again, whatever an earlier one has left there.
-func FuzzLock(f *testing.F) {
-	for _, s := range []string{"", "lblisten handoff, processes:    1\n", "lblisten handoff, processes: 9999\n", "lblisten handoff, processes: 10000\n",
-		"lblisten handoff, processes:   -3\n", "lblisten handoff, processes: \n", "12345\n", "lblisten handoff, processes: 5\nmore"} {
-		f.Add([]byte(s), uint16(3))
+// Each start of a service removes the file of its unix socket first, as many do. Whoever
+// is queued at any file is served, whichever process goes, and however.
+func TestHandoffUnixSocketFilesOfAll(t *testing.T) {
+	beside(t)
+	if os.Geteuid() == 0 {
+		t.Skip("root: TestUnprivileged runs it as another user")
 	}
-	path := filepath.Join(f.TempDir(), "lb.sock")
-	f.Fuzz(func(t *testing.T, b []byte, n uint16) {
-		require.NoError(t, os.WriteFile(lockPath(path), b, 0o600))
-		lock, err := openLock(path)
-		if err != nil {
-			require.ErrorContains(t, err, "is not the lock file of a handoff")
-			return
+	noLeaks(t)
+	for _, goes := range []string{"close", "kill"} {
+		for _, first := range []bool{true, false} {
+			path := handoffPath(t)
+			app := filepath.Join(filepath.Dir(path), "app.sock")
+			job := serverJob{Path: path, Network: "unix", Address: app, Members: 2}
+			var servers []*server
+			var conns []net.Conn
+			for range 3 {
+				os.Remove(app)
+				servers = append(servers, startServer(t, job))
+				for range 4 {
+					c, err := dialOnce("unix", app)
+					require.NoError(t, err)
+					defer c.Close()
+					_, err = c.Write([]byte("x"))
+					require.NoError(t, err)
+					conns = append(conns, c)
+				}
+			}
+			for _, s := range servers {
+				s.becomes(isHandedOff)
+			}
+			if !first {
+				servers[0], servers[2] = servers[2], servers[0]
+			}
+			for _, s := range servers[:2] {
+				if goes == "kill" {
+					s.kill()
+				} else {
+					s.close()
+				}
+			}
+			c, err := dialOnce("unix", app)
+			require.NoError(t, err)
+			defer c.Close()
+			_, err = c.Write([]byte("x"))
+			require.NoError(t, err)
+			servers[2].ask("accept")
+			conns = append(conns, c)
+			require.Equal(t, len(conns), answered(conns), "%s, the first: %v", goes, first)
+			for _, c := range conns {
+				c.Close()
+			}
+			servers[2].close()
+			require.NoFileExists(t, app)
 		}
-		defer lock.Close()
-		if len(b) > 0 {
-			before, ours := readCount(lock)
-			require.True(t, ours)
-			require.LessOrEqual(t, before, 9999)
+	}
+}
+
+// Several addresses, of several networks, use one path.
+func TestHandoffSeveralAddresses(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	type addr struct{ network, address string }
+	var addrs []addr
+	var mine []*Listener
+	for _, e := range endpoints[:3] {
+		e.need(t)
+		addrs = append(addrs, addr{e.network, e.listen})
+	}
+	addrs = append(addrs, addr{"unix", filepath.Join(filepath.Dir(path), "app.sock")})
+	var jobs []serverJob
+	for _, a := range addrs {
+		_, ls := newTestGroup(t, 1, a.network, a.address, WithHandoff(path))
+		mine = append(mine, ls[0])
+		jobs = append(jobs, serverJob{Path: path, Network: a.network, Address: ls[0].Addr().String(), Members: 1})
+	}
+	for i, job := range jobs {
+		s := startServer(t, job)
+		s.becomes(isHandedOff)
+		require.NotZero(t, mine[i].Info().OnKill&InheritHandoff)
+		for range 2 {
+			c := dialTest(t, mine[i].Addr())
+			_, err := c.Write([]byte("x"))
+			require.NoError(t, err)
+			defer c.Close()
 		}
-		processes := int(n) % (handoffPeers + 1)
-		(&hub{lock: lock}).writeCount(processes)
-		got, ours := readCount(lock)
-		require.True(t, ours)
-		require.Equal(t, processes, got)
-		again, err := openLock(path)
-		require.NoError(t, err)
-		require.NoError(t, again.Close())
-	})
+		s.kill()
+	}
+	for i := range jobs {
+		for range 2 {
+			acceptWithin(t, mine[i])
+		}
+	}
+	for _, l := range mine {
+		require.NoError(t, l.Close())
+	}
+	require.NoFileExists(t, addrs[3].address)
+}
+
+// What a killed process leaves on an address without others is kept for a while, by
+// those that listen elsewhere, and then closed.
+func TestHandoffUnserved(t *testing.T) {
+	if !alone(t) {
+		return
+	}
+	noLeaks(t)
+	defer set(&lookAtHandoff, 20*time.Millisecond)()
+	path := handoffPath(t)
+	elsewhere, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer elsewhere.Close()
+	one := startServer(t, serverJob{Path: path, Address: "127.0.0.1:0"})
+	pool := func() (n int) {
+		eachPooled(path, func(int) { n++ })
+		return n
+	}
+	require.Equal(t, 1+4, pool())
+	conns := standing(t, one.Address, 8)
+	one.kill()
+	require.Eventually(t, func() bool { return pool() == 1 }, limit(5*time.Second), 5*time.Millisecond)
+	require.Zero(t, answered(conns))
 }

@@ -2,405 +2,667 @@
 
 package lblisten
 
-// The link of a process to the hub of its handoff: how it connects, or becomes the
-// hub itself, what the two tell each other, and how long anybody waits for an
-// answer. It doesn't know what becomes of the sockets (handoff_pool_unix.go), nor
-// how frames are written and read (handoff_wire_unix.go).
+// The links of a handoff: how a process finds the others, one link a pair, what it
+// asks them all, and the once-a-second look. What is said on a link is heard by the
+// pool (handoff_pool_unix.go); bytes are handoff_wire_unix.go's.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// run keeps the process connected with a hub, which it is itself if nobody else
-// is, until end.
-func (h *handoff) run() {
-	defer close(h.ended)
-	settled := make(chan struct{})
-	go func() {
-		defer close(settled)
-		for {
+var (
+	// exchangeTime is the most that an exchange with other processes takes.
+	exchangeTime = time.Second
+
+	// patience is how long after a newcomer has dialled everybody it asks those that
+	// answer for what those that don't may own.
+	patience = exchangeTime / 4
+
+	// lookAtHandoff is how often a process looks at the directory and the sockets.
+	lookAtHandoff = time.Second
+)
+
+const (
+	queuedFrames = 1 << 14 // on a link whose peer doesn't read; more end it
+	mostLinks    = 1 << 10
+
+	lastWords = 50 * time.Millisecond // that a link that ends may take to write what is queued
+
+	orphanLooks = 30 // at a socket of an address without processes, before it is let go
+	queuedLooks = 3  // at a socket in which something is queued, before its owner is asked
+)
+
+// A link is a connection with another process. One goroutine reads it; another
+// writes while something is queued, so that send never blocks.
+type link struct {
+	h      *handoff
+	c      *net.UnixConn
+	peer   id
+	dialed bool
+
+	mu      sync.Mutex // guards what follows, for instants; a leaf
+	queue   []parcel
+	writing bool
+	closed  bool
+	full    bool // the peer didn't read for too long
+	writer  sync.WaitGroup
+}
+
+// send queues a frame, and a use of the descriptor.
+func (l *link) send(p parcel) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+		return
+	case len(l.queue) >= queuedFrames:
+		l.full = true
+		l.c.Close()
+		return
+	case p.d != nil:
+		p.d.hold()
+	}
+	l.queue = append(l.queue, p)
+	if !l.writing {
+		l.writing = true
+		l.writer.Add(1)
+		go l.write()
+	}
+}
+
+// write writes what is queued.
+func (l *link) write() {
+	defer l.writer.Done()
+	for {
+		l.mu.Lock()
+		queue := l.queue
+		l.queue = nil
+		l.writing = len(queue) > 0
+		l.mu.Unlock()
+		if len(queue) == 0 {
+			return
+		}
+		if writeParcels(l.c, queue) != nil {
+			l.c.Close() // the reader sees it
+		}
+		for _, p := range queue {
+			p.d.release()
+		}
+	}
+}
+
+// close ends the link. It is called by the reader.
+func (l *link) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.c.SetWriteDeadline(time.Now().Add(lastWords))
+	l.writer.Wait()
+	l.c.Close()
+}
+
+// hello is the first frame of a link.
+func (h *handoff) helloLocked() frame {
+	f := frame{kind: frameHello, n: handoffLowest<<16 | handoffHighest, id: h.id, at: place{network: helloName, space: h.space}, sub: strconv.Itoa(os.Getpid())}
+	if h.settled {
+		f.flags |= flagSettled
+	}
+	return f
+}
+
+// announce makes this process found by the others, if it isn't. It is called by
+// openHandoff, and then by the look alone.
+func (h *handoff) announce() error {
+	ln, err := announce(h.path, h.id)
+	if err != nil {
+		return err
+	}
+	h.mu.Lock()
+	if h.quit.Err() != nil {
+		h.mu.Unlock()
+		return cmp.Or(ln.Close(), h.quit.Err())
+	}
+	before := h.ln
+	h.ln, h.file = ln, fileKeyAt(h.name())
+	h.wg.Add(1)
+	h.mu.Unlock()
+	go h.accept(ln)
+	if before != nil {
+		before.Close()
+	}
+	return nil
+}
+
+// name is the file of this process.
+func (h *handoff) name() string { return filepath.Join(h.path, h.id.String()) }
+
+// accept accepts links until the listener is closed.
+func (h *handoff) accept(ln *net.UnixListener) {
+	defer h.wg.Done()
+	for {
+		c, err := ln.AcceptUnix()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err == nil && !h.begin():
+			c.Close()
+		case err == nil:
+			l := &link{h: h, c: c}
+			c.SetReadDeadline(time.Now().Add(exchangeTime)) // for the hello
+			go h.serve(l)
+		case (errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE)) && h.useReserve():
+		default:
 			select {
 			case <-h.quit.Done():
-				return
-			case <-h.changed:
-				h.settle()
+			case <-time.After(50 * time.Millisecond):
 			}
 		}
-	}()
-	const firstPause, lastPause = 2 * time.Millisecond, 100 * time.Millisecond
-	pause := firstPause
-	for h.quit.Err() == nil {
-		var err error
-		if !h.isHub() {
-			var own *hub
-			if own, err = startHub(h.path, h.process); err == nil {
-				h.own.Store(own)
-				log(h.log, routine, "this process is the hub of the handoff", "path", h.path)
-			} else if err != errLocked {
-				h.fail(err)
-			}
-		}
-		if err == nil || err == errLocked {
-			synced, err := h.session()
-			switch {
-			case synced:
-				pause = firstPause
-				continue
-			case isShortage(err):
-				pause = beatEvery
-			}
-		}
-		select {
-		case <-time.After(pause):
-		case <-h.quit.Done():
-		}
-		pause = min(2*pause, lastPause)
 	}
-	<-settled
-	if own := h.own.Load(); own != nil {
-		own.close()
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, p := range h.sockets {
-		p.d.release()
-	}
-	h.sockets = nil
 }
 
-// isHub tells whether the hub is in this process.
-func (h *handoff) isHub() bool {
-	own := h.own.Load()
-	if own == nil {
+// begin counts a link in.
+func (h *handoff) begin() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.quit.Err() != nil || h.conns >= mostLinks {
 		return false
 	}
-	select {
-	case <-own.over: // somebody removed its files
-		return false
-	default:
-		return true
-	}
+	h.conns++
+	h.wg.Add(1)
+	return true
 }
 
-// fail notes why there is no hub.
-func (h *handoff) fail(err error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.synced {
-		h.lost = time.Now()
-	}
-	h.w, h.synced, h.alone, h.why = nil, false, true, err
-	for _, p := range h.sockets {
-		if p.fresh && isShortage(err) {
-			h.forgetLocked(p) // others hold it, and descriptors are for this process's own first
-			continue
-		}
-		p.fresh, p.isKept = false, false // this process may be the only one that holds it
-		if p.owner == h.hub {
-			p.owner = processID{} // it is the one that is gone
-		}
-	}
-	answers := h.answers
-	h.answers = make(map[uint32]func(ok, answered bool))
-	for _, answer := range answers {
-		answer(false, false)
-	}
-	h.turnedLocked()
-}
-
-// turnedLocked tells who waits for a turn, and has what is shared settled anew.
-func (h *handoff) turnedLocked() {
-	close(h.turn)
-	h.turn = make(chan struct{})
-	h.change()
-}
-
-func (h *handoff) change() {
-	select {
-	case h.changed <- struct{}{}:
-	default:
-	}
-}
-
-// session connects with the hub and hears what it says until it goes. It
-// returns whether it got as far as being told everything, and why it ended.
-func (h *handoff) session() (synced bool, err error) {
-	dialer := net.Dialer{Timeout: exchangeTime}
-	c, err := dialer.DialContext(h.quit, "unix", h.path)
-	if err != nil {
-		h.fail(err)
-		return false, err
-	}
-	w := newWire(c.(*net.UnixConn))
-	defer w.drain()
-	defer w.close()
-	defer context.AfterFunc(h.quit, func() { c.Close() })()
-	if err := h.greet(w); err != nil {
-		h.fail(err)
-		return false, err
-	}
-	for {
-		f, d, err := w.read(silentAfter)
-		if err == nil {
-			if err = h.hear(w, f, d); err != nil && !isShortage(err) {
-				log(h.log, trouble, "a descriptor of the handoff was refused", "path", h.path, "reason", err)
-				err = nil
-			}
-		}
-		if err == nil {
-			continue
-		}
-		h.mu.Lock()
-		synced := h.synced
-		h.mu.Unlock()
-		if synced && h.quit.Err() == nil {
-			log(h.log, trouble, "the hub of the handoff is gone; until another answers, this process serves all sockets", "path", h.path, "reason", err)
-		}
-		h.fail(err)
-		return synced, err
-	}
-}
-
-// greet agrees with the hub on a version and says what this process holds.
-func (h *handoff) greet(w *wire) error {
-	if err := checkPeer(w.c); err != nil {
-		return err
-	}
-	w.send(frame{kind: frameHello, n: handoffLowest<<16 | handoffHighest, process: h.process, at: place{network: helloName}}, nil)
-	f, d, err := w.read(exchangeTime)
-	if d != nil {
-		d.release()
-	}
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return errors.New("the hub doesn't answer; is its process stopped?")
-	case err != nil:
-		return err
-	case f.kind == frameBeat: // it may come first, by the hub's clock
-		return errors.New("the hub is slow")
-	case f.kind != frameHello:
-		return errFrame
-	case f.n < handoffLowest || f.n > handoffHighest:
-		return fmt.Errorf("the hub speaks other versions of the protocol, this process %d to %d", handoffLowest, handoffHighest)
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, p := range h.sockets {
-		w.send(frame{kind: frameHas, flags: p.flagsLocked(), id: p.id, process: p.owner, at: p.at, sub: p.sub}, nil)
-		p.owner = processID{} // unless the hub says so again
-		p.isKept = true       // unless the hub wants it
-	}
-	for at := range h.addresses { // first of all: no process may think that it is the last one there
-		w.send(frame{kind: frameOn, at: at}, nil)
-	}
-	known := 0
-	for _, n := range h.peers {
-		known = max(known, n)
-	}
-	w.send(frame{kind: frameSynced, n: uint32(known)}, nil)
-	h.w, h.hub = w, f.process
-	return nil
-}
-
-// hear does what a frame from the hub says. It returns why a descriptor was
-// refused.
-func (h *handoff) hear(w *wire, f frame, d *descriptor) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if d != nil {
-		defer d.release()
-	}
-	if h.quit.Err() != nil {
-		return nil // it takes nothing any more
-	}
-	p := h.sockets[f.id]
-	switch f.kind {
-	case frameSocket:
-		return h.receiveLocked(w, f, d)
-	case frameWant:
-		if p != nil {
-			p.isKept = false
-			h.giveLocked(p)
-		}
-	case frameOwner:
-		if p != nil {
-			p.owner = f.process
-			h.change()
-		}
-	case frameBound:
-		if p != nil && p.at.port == 0 {
-			p.at = f.at
-			h.change()
-		}
-	case frameDrop:
-		switch {
-		case p == nil:
-		case p.role == roleOwned: // it can't know
-			p.isKept = false
-			h.giveLocked(p)
-		default:
-			h.forgetLocked(p)
-		}
-	case framePeers:
-		h.peers[f.at] = int(f.n)
-	case frameSynced:
-		h.toldLocked()
-	case frameReply:
-		if answer := h.answers[f.n]; answer != nil {
-			delete(h.answers, f.n)
-			answer(f.flags&flagOK != 0, true)
-		}
-	}
-	return nil
-}
-
-// receiveLocked takes a socket that the hub passes on into the pool, and confirms
-// it. It returns why the socket was refused.
-func (h *handoff) receiveLocked(w *wire, f frame, d *descriptor) error {
-	p := h.sockets[f.id]
-	if p == nil {
-		if err := checkReceived(d, f.at); err != nil {
-			return err
-		}
-		if isScarce(d.fd) {
-			return fmt.Errorf("no descriptors are left for the sockets of other processes: %w", unix.EMFILE)
-		}
-		p = &pooled{id: f.id, d: d.hold(), sub: f.sub, at: f.at, balanced: f.flags&flagBalanced != 0, isKept: true, fresh: !h.synced}
-		h.sockets[f.id] = p
-	}
-	p.owner = f.process
-	if f.n != 0 {
-		w.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
-	}
-	h.change()
-	return nil
-}
-
-// toldLocked notes that the hub has told everything.
-func (h *handoff) toldLocked() {
-	h.synced, h.alone, h.why = true, false, nil
-	clear(h.peers) // the hub counts anew, after this
-	for _, p := range h.sockets {
-		p.fresh = false
-		if p.isKept {
-			p.keepLocked()
-		}
-	}
-	h.turnedLocked()
-}
-
-// askLocked sends a frame that wants an answer. Answer is called with the lock, too;
-// answered is false if there is no hub (any more).
-func (h *handoff) askLocked(f frame, d *descriptor, answer func(ok, answered bool)) {
-	if h.w == nil {
-		answer(false, false)
+// takeReserveLocked takes the descriptor that is held for peers, if it is there to be
+// had. It is that of a socket, which knows the network namespace of this process.
+func (h *handoff) takeReserveLocked() {
+	if h.reserve != nil {
 		return
 	}
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return
+	}
+	unix.CloseOnExec(fd)
+	h.reserve, h.space = newDescriptor(fd), factsOf(uintptr(fd)).space
+}
+
+// useReserve closes the descriptor that is held for peers, so that one can link.
+func (h *handoff) useReserve() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	had := h.reserve != nil
+	h.reserve.release()
+	h.reserve = nil
+	return had
+}
+
+// look dials whoever is in the directory and has no link.
+func (h *handoff) look() error {
+	ids, err := processesIn(h.path)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err != nil || h.quit.Err() != nil {
+		return err
+	}
+	for x := range h.strangers {
+		if !slices.Contains(ids, x) {
+			delete(h.strangers, x)
+		}
+	}
+	for _, x := range ids {
+		if x == h.id || h.links[x] != nil || h.dialing[x] != nil || h.strangers[x] != nil || h.conns >= mostLinks {
+			continue
+		}
+		l := &link{h: h, peer: x, dialed: true}
+		h.dialing[x] = l
+		h.conns++
+		h.wg.Add(1)
+		go h.dial(l)
+	}
+	h.turnedLocked()
+	return nil
+}
+
+// dial makes a link. A file that refuses is of a process that is dead.
+func (h *handoff) dial(l *link) {
+	name := filepath.Join(h.path, l.peer.String())
+	var dialer net.Dialer
+	c, err := dialer.DialContext(h.quit, "unix", name)
+	h.mu.Lock()
+	if err == nil {
+		l.c = c.(*net.UnixConn)
+		l.send(parcel{frame: h.helloLocked()})
+	}
+	h.mu.Unlock()
+	if err == nil {
+		h.serve(l)
+		return
+	}
+	if errors.Is(err, unix.ECONNREFUSED) {
+		os.Remove(name)
+	}
+	defer h.wg.Done()
+	h.mu.Lock()
+	h.pool.lacks = true
+	h.endLocked(l)
+	h.retry = h.retry || !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT)
+	h.mu.Unlock()
+	h.apply()
+}
+
+// endLocked counts a link out.
+func (h *handoff) endLocked(l *link) {
+	if h.dialing[l.peer] == l {
+		delete(h.dialing, l.peer)
+	}
+	h.conns--
+	h.turnedLocked()
+}
+
+// serve reads a link until it ends.
+func (h *handoff) serve(l *link) {
+	defer h.wg.Done()
+	defer context.AfterFunc(h.quit, func() { l.c.Close() })()
+	r := &frameReader{c: l.c}
+	err := h.greet(l, r)
+	for err == nil {
+		err = h.hear(l, r)
+	}
+	l.close()
+	r.drain()
+	h.mu.Lock()
+	h.pool.lacks = h.pool.lacks || h.dialing[l.peer] == l // it didn't get to its hello
+	if h.links[l.peer] == l {
+		// Whoever is dead has closed it; whoever is stopped has done nothing.
+		h.goneLocked(l)
+		switch {
+		case h.quit.Err() != nil:
+		case errors.Is(err, errFrame):
+			h.sayLocked(h.log, trouble, "a process of the handoff was dropped", "path", h.path, "process", l.peer, "reason", err)
+		default:
+			h.sayLocked(h.log, news, "a process left the handoff", "path", h.path, "process", l.peer, "others", len(h.links))
+		}
+		h.poke() // is its file there still?
+	}
+	h.endLocked(l)
+	h.mu.Unlock()
+	h.apply()
+}
+
+// goneLocked ends a link that was one of the handoff's.
+func (h *handoff) goneLocked(l *link) {
+	delete(h.links, l.peer)
+	h.pool.gone(l.peer, !l.full)
+	for _, q := range h.questions {
+		delete(q.waiting, l.peer)
+	}
+	h.turnedLocked()
+}
+
+// greet hears who the other process is, and makes the link one of the handoff's.
+func (h *handoff) greet(l *link, r *frameReader) error {
+	p, err := r.next()
+	if err != nil {
+		return err
+	}
+	p.d.release()
+	if p.kind != frameHello || p.at.network != helloName || p.id == h.id {
+		return errFrame
+	}
+	l.c.SetReadDeadline(time.Time{})
+	if p.flags&flagObserver != 0 {
+		return h.showObserver(l, r)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.admitLocked(l, p.frame); err != nil {
+		return err
+	}
+	h.links[l.peer] = l
+	for _, f := range h.pool.meet(l.peer) {
+		l.send(parcel{frame: f})
+	}
+	h.sayLocked(h.log, news, "a process joined the handoff", "path", h.path, "process", l.peer, "others", len(h.links))
+	h.turnedLocked()
+	return nil
+}
+
+// admitLocked tells whether a link is to be one of the handoff's. Of two between one
+// pair the one stays that the process with the smaller id has dialled.
+func (h *handoff) admitLocked(l *link, hello frame) error {
+	if l.dialed && (h.dialing[l.peer] != l || hello.id != l.peer) || !l.dialed && h.dialing[hello.id] != nil && h.id.less(hello.id) {
+		return errors.New("another link of the pair stays")
+	}
+	if !l.dialed {
+		l.send(parcel{frame: h.helloLocked()})
+		l.peer = hello.id
+	}
+	delete(h.strangers, l.peer)
+	lowest, highest := int(hello.n>>16), int(hello.n&0xffff)
+	switch {
+	case h.quit.Err() != nil:
+		return h.quit.Err()
+	case lowest > handoffHighest || highest < handoffLowest:
+		h.strangers[l.peer] = fmt.Errorf("a process (pid %s) speaks other versions of the protocol, %d to %d, this one %d to %d", hello.sub, lowest, highest, handoffLowest, handoffHighest)
+	case h.space != 0 && hello.at.space != 0 && hello.at.space != h.space:
+		h.strangers[l.peer] = fmt.Errorf("%s is used by processes of another network namespace (another container?): give each its own directory", h.path)
+		if !h.settled && (hello.flags&flagSettled != 0 || l.peer.less(h.id)) {
+			h.foreign = h.strangers[l.peer]
+		}
+	}
+	if why := h.strangers[l.peer]; why != nil {
+		h.sayLocked(h.log, trouble, "a process can't be one of the handoff", "path", h.path, "process", l.peer, "reason", why)
+		return why
+	}
+	if d := h.dialing[l.peer]; d != nil && d != l {
+		delete(h.dialing, l.peer)
+		if d.c != nil {
+			d.c.Close()
+		}
+	}
+	delete(h.dialing, l.peer)
+	if old := h.links[l.peer]; old != nil { // the other knows that it is gone
+		old.c.Close()
+		h.goneLocked(old)
+	}
+	return nil
+}
+
+// hear takes in what came together, and does what follows from it before it gives
+// those answers that promise that.
+func (h *handoff) hear(l *link, r *frameReader) error {
+	var then []parcel
+	err := h.hearOne(l, r, &then)
+	for err == nil && r.hasMore() {
+		err = h.hearOne(l, r, &then)
+	}
+	h.apply()
+	for _, p := range then {
+		l.send(p)
+	}
+	return err
+}
+
+func (h *handoff) hearOne(l *link, r *frameReader, then *[]parcel) error {
+	p, err := r.next()
+	if err != nil {
+		return err
+	}
+	defer p.d.release()
+	var bad error
+	if p.d != nil {
+		bad = checkReceived(p.d, p.at)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.links[l.peer] != l {
+		return net.ErrClosed
+	}
+	if bad != nil {
+		h.sayLocked(h.log, trouble, "a descriptor of the handoff was refused", "path", h.path, "process", l.peer, "reason", bad)
+		p.d = nil
+	}
+	if peer := h.pool.peers[l.peer]; peer.silent {
+		peer.silent = false
+		h.sayLocked(h.log, news, "a process of the handoff answers again", "path", h.path, "process", l.peer)
+	}
+	now, later := h.pool.hear(l.peer, p)
+	for _, p := range now {
+		l.send(p)
+	}
+	*then = append(*then, later...)
+	if q := h.questions[p.n]; q != nil && p.kind == frameAnswer && q.waiting[l.peer] {
+		delete(q.waiting, l.peer)
+		if p.flags&flagOK != 0 {
+			q.yes++
+		} else {
+			q.no++
+		}
+	}
+	h.turnedLocked()
+	return nil
+}
+
+// tellLocked says something to everybody.
+func (h *handoff) tellLocked(f frame) {
+	for _, l := range h.links {
+		l.send(parcel{frame: f})
+	}
+}
+
+// turnedLocked has whoever awaits something look again.
+func (h *handoff) turnedLocked() {
+	h.pool.unheard = len(h.dialing)
+	close(h.turn)
+	h.turn = make(chan struct{})
+}
+
+// A question was asked of others.
+type question struct {
+	waiting map[id]bool // whose answer is to come
+	yes, no int
+}
+
+// ask asks some processes, or all, and returns when each has answered or is gone.
+// Whoever doesn't answer in time is silent from then on, and isn't waited for any more.
+func (h *handoff) ask(ctx context.Context, f frame, some ...id) (*question, error) {
+	h.mu.Lock()
 	h.lastN = max(1, h.lastN+1)
 	f.n = h.lastN
-	h.answers[f.n] = answer
-	h.w.send(f, d)
-}
-
-// giveLocked deposits a socket with the hub.
-func (h *handoff) giveLocked(p *pooled) {
-	h.askLocked(frame{kind: frameSocket, flags: p.flagsLocked(), id: p.id, at: p.at, sub: p.sub}, p.d, func(ok, answered bool) {
-		if answered {
-			p.keepLocked()
-			p.isKept = ok
-		}
-	})
-}
-
-// await waits until done is closed: for exchangeTime at most, and not at all if
-// the hub was lost longer ago than that.
-func (h *handoff) await(ctx context.Context, done <-chan struct{}) error {
-	limit := time.NewTimer(exchangeTime)
-	defer limit.Stop()
-	for {
-		h.mu.Lock()
-		turn, synced, since, why := h.turn, h.synced, time.Since(h.lost), h.why
-		h.mu.Unlock()
-		var lost <-chan time.Time
-		if !synced {
-			if since >= exchangeTime {
-				select {
-				case <-done:
-					return nil
-				default:
-				}
-				return why
+	q := &question{waiting: make(map[id]bool)}
+	h.questions[f.n] = q
+	for x, l := range h.links {
+		if len(some) == 0 || slices.Contains(some, x) {
+			l.send(parcel{frame: f})
+			if !h.pool.peers[x].silent {
+				q.waiting[x] = true
 			}
-			timer := time.NewTimer(exchangeTime - since)
-			defer timer.Stop()
-			lost = timer.C
+		}
+	}
+	h.mu.Unlock()
+	err := h.await(ctx, exchangeTime, func() bool { return len(q.waiting) == 0 })
+	h.mu.Lock()
+	delete(h.questions, f.n)
+	late := err == errLate
+	for x := range q.waiting {
+		if late && !h.pool.peers[x].silent {
+			h.pool.peers[x].silent = true
+			h.sayLocked(h.log, trouble, "a process of the handoff doesn't answer (is it stopped?); its sockets are served by the others", "path", h.path, "process", x)
+		}
+	}
+	h.mu.Unlock()
+	if late {
+		h.apply()
+		err = nil
+	}
+	return q, err
+}
+
+var errLate = errors.New("no answer")
+
+// await waits until something is so, which is asked with the lock: for most at the
+// most. It counts steps instead of reading a clock, so that a process that is stopped
+// meanwhile takes nobody for silent when it goes on.
+func (h *handoff) await(ctx context.Context, most time.Duration, isSo func() bool) error {
+	const steps = 20
+	step := time.NewTicker(most / steps)
+	defer step.Stop()
+	for left := steps; ; {
+		h.mu.Lock()
+		so, turn := isSo(), h.turn
+		h.mu.Unlock()
+		switch {
+		case so:
+			return nil
+		case left == 0:
+			return errLate
 		}
 		select {
-		case <-done:
-			return nil
 		case <-turn:
-		case <-lost:
-		case <-limit.C:
-			// Whoever waits next, waits for another hub.
-			h.mu.Lock()
-			h.lost = time.Now().Add(-exchangeTime)
-			if h.synced && h.w != nil {
-				h.synced, h.why = false, errors.New("the hub doesn't answer; is its process stopped?")
-				h.w.c.Close()
-				h.turnedLocked()
-			}
-			h.mu.Unlock()
-			return fmt.Errorf("no answer within %v", exchangeTime)
+		case <-step.C:
+			left--
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-func (h *handoff) awaitSynced(ctx context.Context) error {
-	for {
-		h.mu.Lock()
-		synced, turn := h.synced, h.turn
-		h.mu.Unlock()
-		if synced {
-			return nil
+// isSyncedLocked tells whether everybody who was found has told everything, and this
+// process has what it asked for.
+func (h *handoff) isSyncedLocked() bool {
+	for _, p := range h.pool.peers {
+		if !p.synced || len(p.wants) > 0 {
+			return false
 		}
-		if err := h.await(ctx, turn); err != nil {
-			return err
+	}
+	return len(h.dialing) == 0
+}
+
+// join finds the others and hears what they have.
+func (h *handoff) join() error {
+	h.mu.Lock()
+	h.takeReserveLocked()
+	h.mu.Unlock()
+	err := h.announce()
+	if err == nil || isShortage(err) { // whoever can't be found can find others
+		err = cmp.Or(err, h.look())
+	}
+	if err != nil && !isShortage(err) {
+		return err
+	}
+	if h.await(h.quit, patience, h.isSyncedLocked) == errLate {
+		h.mu.Lock()
+		h.pool.lacks = true
+		h.mu.Unlock()
+		h.apply()
+		h.await(h.quit, exchangeTime-patience, h.isSyncedLocked)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.why, h.settled = err, h.foreign == nil
+	return h.foreign
+}
+
+// run looks once a second, and when a link has ended, until the end.
+func (h *handoff) run() {
+	defer h.wg.Done()
+	tick := time.NewTicker(lookAtHandoff)
+	defer tick.Stop()
+	for {
+		select {
+		case <-h.quit.Done():
+			return
+		case <-h.poked:
+			h.look()
+		case <-tick.C:
+			h.lookAtDirectory()
+			h.lookAtSockets()
+			h.lookAtQueues()
 		}
 	}
 }
 
-// exchange sends a frame, and returns the answer: an error if there was none. If
-// the hub goes before it answers, the next one is asked.
-func (h *handoff) exchange(ctx context.Context, f frame) (ok bool, err error) {
-	for begin := time.Now(); ; {
-		if err := h.awaitSynced(ctx); err != nil {
-			return false, err
+// poke has run look at the directory.
+func (h *handoff) poke() {
+	select {
+	case h.poked <- struct{}{}:
+	default:
+	}
+}
+
+// lookAtDirectory announces this process again if somebody has cleaned up, and looks
+// for processes that it has no link to if the directory has changed.
+func (h *handoff) lookAtDirectory() {
+	var err error
+	h.mu.Lock()
+	looks := h.retry || h.why != nil
+	h.retry = false
+	file := h.file
+	h.mu.Unlock()
+	if file == (fileKey{}) || fileKeyAt(h.name()) != file {
+		looks, err = true, h.announce()
+	}
+	if st, serr := os.Stat(h.path); serr == nil && st.ModTime() != h.changed {
+		h.changed, h.looks = st.ModTime(), 2 // what changes in the same instant has the same time
+	}
+	if looks || h.looks > 0 {
+		h.looks--
+		err = cmp.Or(err, h.look())
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if (err == nil) != (h.why == nil) {
+		h.sayLocked(h.log, map[bool]slog.Level{true: news, false: trouble}[err == nil], "the directory of the handoff", "path", h.path, "reason", err)
+	}
+	h.why = err
+	h.takeReserveLocked()
+}
+
+// lookAtSockets lets go of those that nobody came for.
+func (h *handoff) lookAtSockets() {
+	h.mu.Lock()
+	for _, s := range h.pool.look(orphanLooks, int(h.keepFor/lookAtHandoff)) {
+		h.sayLocked(h.log, news, "nobody came for a socket, it is closed", "path", h.path, "address", s.at)
+		h.tellLocked(s.frame(frameDrop))
+	}
+	if h.pool.refused && h.pool.room() {
+		h.pool.refused = false
+		h.tellLocked(frame{kind: frameTell})
+	}
+	h.mu.Unlock()
+	h.apply()
+}
+
+// lookAtQueues asks owners in whose sockets something stays queued whether they live.
+func (h *handoff) lookAtQueues() {
+	h.mu.Lock()
+	var socks []*pooled
+	var fds []unix.PollFd
+	for _, s := range h.pool.sockets {
+		if s.balanced && s.bound && h.pool.on[s.at] && !s.mine && !s.shared {
+			s.d.hold()
+			socks, fds = append(socks, s), append(fds, unix.PollFd{Fd: int32(s.d.fd), Events: unix.POLLIN})
 		}
-		done := make(chan struct{})
-		var yes, answered bool
-		h.mu.Lock()
-		h.askLocked(f, nil, func(ok, really bool) {
-			yes, answered = ok, really
-			close(done)
-		})
-		h.mu.Unlock()
-		if err := h.await(ctx, done); err != nil {
-			return false, err
+	}
+	h.mu.Unlock()
+	if socks == nil {
+		return
+	}
+	_, err := unix.Poll(fds, 0)
+	var owners []id
+	h.mu.Lock()
+	for i, s := range socks {
+		if s.queued++; err != nil || fds[i].Revents&unix.POLLIN == 0 {
+			s.queued = 0
 		}
-		switch {
-		case answered:
-			return yes, nil
-		case time.Since(begin) > exchangeTime/2:
-			return false, errors.New("the hub is gone")
+		if s.queued >= queuedLooks {
+			s.queued = 0
+			for x, held := range s.who {
+				if held == owns {
+					owners = append(owners, x)
+				}
+			}
 		}
+		s.d.release()
+	}
+	h.mu.Unlock()
+	if owners != nil {
+		h.ask(h.quit, frame{kind: frameAsk}, owners...)
 	}
 }

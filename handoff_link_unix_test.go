@@ -2,7 +2,7 @@
 
 package lblisten
 
-// The protocol of the handoff, with an other end that stops, lies or floods.
+// The links of a handoff, with an other end that stops, lies or floods.
 
 import (
 	"context"
@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -21,52 +20,65 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawPeer speaks with a hub, or as one, a frame at a time.
+// A rawPeer is the other end of a link, a frame at a time.
 type rawPeer struct {
 	t testing.TB
-	*wire
+	*frameReader
+	id id
 }
 
-func newRawPeer(t testing.TB, c net.Conn) rawPeer {
-	w := newWire(c.(*net.UnixConn))
+func newRawPeer(t testing.TB, c net.Conn) *rawPeer {
+	p := &rawPeer{t, &frameReader{c: c.(*net.UnixConn)}, newID()}
 	t.Cleanup(func() {
-		w.close()
-		w.drain()
+		p.c.Close()
+		p.drain()
 	})
-	return rawPeer{t, w}
+	return p
 }
 
-func dialHub(t testing.TB, path string) rawPeer {
+// dialProcess links to the one process that is in a directory.
+func dialProcess(t testing.TB, path string) *rawPeer {
 	t.Helper()
-	c, err := net.Dial("unix", path)
+	ids, err := processesIn(path)
+	require.NoError(t, err)
+	require.Len(t, ids, 1)
+	c, err := net.Dial("unix", filepath.Join(path, ids[0].String()))
 	require.NoError(t, err)
 	return newRawPeer(t, c)
 }
 
-// expect returns the next frame of a kind; others before it are none of its
-// business.
-func (p rawPeer) expect(kind byte) (frame, *descriptor) {
-	p.t.Helper()
-	for {
-		f, d, err := p.read(limit(5 * time.Second))
-		require.NoError(p.t, err)
-		if f.kind == kind {
-			return f, d
-		}
-		if d != nil {
-			d.release()
-		}
+func (p *rawPeer) send(f frame, d *descriptor) {
+	if err := writeParcels(p.c, []parcel{{f, d}}); err != nil {
+		p.t.Logf("send: %v", err) // the other end has closed
 	}
 }
 
-// ended waits until the other end has closed the connection.
-func (p rawPeer) isEnded() {
+func (p *rawPeer) hello(lowest, highest uint32, flags byte) {
+	p.send(frame{kind: frameHello, flags: flags, n: lowest<<16 | highest, id: p.id, at: place{network: helloName}}, nil)
+}
+
+// expect returns the next frame of a kind; others before it are none of its
+// business.
+func (p *rawPeer) expect(kind byte) parcel {
 	p.t.Helper()
+	p.c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
 	for {
-		_, d, err := p.read(limit(5 * time.Second))
-		if d != nil {
-			d.release()
+		m, err := p.next()
+		require.NoError(p.t, err)
+		if m.kind == kind {
+			return m
 		}
+		m.d.release()
+	}
+}
+
+// isEnded waits until the other end has closed the link.
+func (p *rawPeer) isEnded() {
+	p.t.Helper()
+	p.c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
+	for {
+		m, err := p.next()
+		m.d.release()
 		if err != nil {
 			require.NotErrorIs(p.t, err, os.ErrDeadlineExceeded)
 			return
@@ -74,22 +86,32 @@ func (p rawPeer) isEnded() {
 	}
 }
 
-func (p rawPeer) hello(lowest, highest uint32) {
-	p.send(frame{kind: frameHello, n: lowest<<16 | highest, process: newID(), at: place{network: helloName}}, nil)
+// obey answers as a process does that wants and has everything, until do says no.
+func (p *rawPeer) obey(do func(m parcel) bool) {
+	for {
+		m, err := p.next()
+		m.d.release()
+		if err != nil || !do(m) {
+			return
+		}
+		switch m.kind {
+		case frameHello:
+			p.hello(handoffLowest, handoffHighest, flagSettled)
+		case frameSynced:
+			p.send(frame{kind: frameSynced}, nil)
+		case frameHas, frameOff, frameClaim, frameAsk:
+			p.send(frame{kind: frameAnswer, flags: flagOK, n: m.n, id: m.id}, nil)
+		}
+	}
 }
 
-// fakeHub holds the lock of a path and listens there, and does what a test says
-// with the one process that comes.
-func fakeHub(t testing.TB, path string, do func(p rawPeer)) {
-	lock, err := openLock(path)
-	require.NoError(t, err)
-	conn, err := lock.SyscallConn()
-	require.NoError(t, err)
-	require.NoError(t, onFD(conn, func(fd uintptr) error { return unix.Flock(int(fd), unix.LOCK_EX) }))
-	ln, err := net.Listen("unix", path)
+// fakeProcess is in a directory, and does what a test says with whoever dials it.
+func fakeProcess(t testing.TB, path string, do func(p *rawPeer)) {
+	self := newID()
+	ln, err := announce(path, self)
 	require.NoError(t, err)
 	ended := make(chan struct{})
-	var peers []*wire
+	var peers []*rawPeer
 	go func() {
 		defer close(ended)
 		for {
@@ -97,25 +119,24 @@ func fakeHub(t testing.TB, path string, do func(p rawPeer)) {
 			if err != nil {
 				return
 			}
-			p := rawPeer{t, newWire(c.(*net.UnixConn))}
-			peers = append(peers, p.wire)
+			p := &rawPeer{t, &frameReader{c: c.(*net.UnixConn)}, self}
+			peers = append(peers, p)
 			do(p)
 		}
 	}()
 	t.Cleanup(func() {
 		ln.Close()
+		os.Remove(filepath.Join(path, self.String()))
 		<-ended
-		for _, w := range peers {
-			w.close()
-			w.drain()
+		for _, p := range peers {
+			p.c.Close()
+			p.drain()
 		}
-		lock.Close()
 	})
 }
 
-// leftSocket is a balanced socket from which nobody accepts, and what sends it as
-// a hub does.
-func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)) {
+// leftSocket is a balanced socket from which nobody accepts.
+func leftSocket(t testing.TB) (left net.Listener, at place, d *descriptor) {
 	t.Helper()
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return onFD(c, joinsKernel) }}
 	lc.SetMultipathTCP(false)
@@ -126,65 +147,37 @@ func leftSocket(t testing.TB) (left net.Listener, at place, send func(p rawPeer)
 	require.NoError(t, err)
 	conn, err := left.(*net.TCPListener).SyscallConn()
 	require.NoError(t, err)
-	return left, at, func(p rawPeer) {
-		must(onFD(conn, func(fd uintptr) error {
-			d, err := duplicate(fd)
-			if err == nil {
-				p.send(frame{kind: frameSocket, id: newID(), at: at, sub: at.network, flags: flagBalanced}, d)
-				d.release()
-			}
-			return err
-		}))
-	}
+	require.NoError(t, onFD(conn, func(fd uintptr) (err error) { d, err = duplicate(fd); return err }))
+	t.Cleanup(func() { d.release() })
+	return left, at, d
 }
 
-// A hub that stops at any step of the protocol delays Listen, Accept and Close by
-// a second or so at most, and nothing is lost that they serve.
-func TestHandoffHubStopsAtEachStep(t *testing.T) {
+// A process that stops at any step of the protocol delays Listen, Accept and Close of
+// another by a second or so at most, and nothing is lost that it serves.
+func TestHandoffPeerStopsAtEachStep(t *testing.T) {
 	beside(t)
-	// answering lets a hub answer until it hears a frame of a kind, and then no more.
-	answering := func(until byte) func(p rawPeer) {
-		return func(p rawPeer) {
-			for {
-				f, d, err := p.read(limit(30 * time.Second))
-				if d != nil {
-					d.release()
-				}
-				if err != nil || f.kind == until {
-					return
-				}
-				switch f.kind {
-				case frameHello:
-					p.send(frame{kind: frameHello, n: handoffHighest}, nil)
-				case frameSynced:
-					p.send(frame{kind: frameSynced}, nil)
-				case frameSocket, frameOn, frameOwner, frameOff:
-					p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
-				}
-			}
-		}
-	}
 	for _, step := range []struct {
 		name string
 		kind byte
-	}{{"hello", frameHello}, {"the list", frameSynced}, {"a deposit", frameSocket}, {"an address", frameOn}, {"leaving", frameOff}} {
+	}{{"hello", frameHello}, {"the list", frameSynced}, {"a deposit", frameHas}, {"an address", frameOn}, {"leaving", frameOff}} {
 		t.Run(step.name, func(t *testing.T) {
 			beside(t)
 			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 				path := handoffPath(t)
-				fakeHub(t, path, answering(step.kind))
+				require.NoError(t, os.Mkdir(path, 0o700))
+				fakeProcess(t, path, func(p *rawPeer) { p.obey(func(m parcel) bool { return m.kind != step.kind }) })
 				opts := []Option{WithHandoff(path)}
 				if dispatcher {
 					opts = append(opts, WithDispatcher())
 				}
-				within := func(what string, f func()) {
+				within := func(what string, times int, f func()) {
 					t.Helper()
 					begin := time.Now()
 					f()
-					require.Less(t, time.Since(begin), exchangeTime+limit(500*time.Millisecond), what)
+					require.Less(t, time.Since(begin), time.Duration(times)*exchangeTime+limit(500*time.Millisecond), what)
 				}
 				var g *Group
-				within("Listen", func() {
+				within("Listen", 2, func() { // to join, and for the first socket
 					var err error
 					g, err = ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 3, opts...)
 					require.NoError(t, err)
@@ -194,7 +187,7 @@ func TestHandoffHubStopsAtEachStep(t *testing.T) {
 				require.ErrorContains(t, i.Reason, "the handoff "+path)
 				clients := queueUp(t, g.Addr(), 9)
 				ls := g.Listeners()
-				within("Accept and Close", func() {
+				within("Accept and Close", 1, func() {
 					require.NoError(t, ls[0].Close())
 					require.NoError(t, ls[1].Close())
 					for range clients {
@@ -202,203 +195,59 @@ func TestHandoffHubStopsAtEachStep(t *testing.T) {
 						wantAnswer(t, clients[n], n)
 					}
 				})
-				within("the last Close", func() { require.NoError(t, ls[2].Close()) })
+				within("the last Close", 1, func() { require.NoError(t, ls[2].Close()) })
 			})
 		})
 	}
 }
 
-// A hub that is stopped in the middle of a newcomer's joining delays its Listen
-// by a second or two at most; nothing is lost, and when the hub goes on, all
-// agree again.
-func TestHandoffHubStopsWhileSomebodyJoins(t *testing.T) {
-	beside(t)
-	type joined struct {
-		g    *Group
-		err  error
-		took time.Duration
-	}
-	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
-		delays := []time.Duration{0, 300 * time.Microsecond, 600 * time.Microsecond, time.Millisecond, 1500 * time.Microsecond, 3 * time.Millisecond}
-		sets := make([][3]*server, count(len(delays), 2))
-		joins := make([]chan joined, len(sets))
-		var conns []net.Conn
-		for i := range sets {
-			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 2, Dispatcher: dispatcher}
-			for k := range sets[i] {
-				sets[i][k] = startServer(t, job)
-				job.Address = sets[i][0].Address
-			}
-			for _, s := range sets[i] {
-				s.becomes(isHandedOff)
-			}
-			require.True(t, sets[i][0].Hub)
-			conns = append(conns, standing(t, job.Address, count(60, 10))...)
-			sets[i][1].kill() // it leaves two sockets to adopt
-			opts := []Option{WithHandoff(job.Path)}
-			if dispatcher {
-				opts = append(opts, WithDispatcher())
-			}
-			joins[i] = make(chan joined, 1)
-			go func() {
-				begin := time.Now()
-				g, err := ListenGroup(context.Background(), "tcp", job.Address, 2, opts...)
-				joins[i] <- joined{g, err, time.Since(begin)}
-			}()
-			time.Sleep(delays[i])
-			sets[i][0].signal(syscall.SIGSTOP)
-		}
-		var wg sync.WaitGroup
-		var accepted atomic.Int64
-		var took time.Duration
-		var groups []*Group
-		for i := range sets {
-			j := <-joins[i]
-			took = max(took, j.took)
-			sets[i][2].ask("accept")
-			if j.err != nil { // nobody could give it the one socket there is
-				require.True(t, dispatcher)
-				require.ErrorContains(t, j.err, "the handoff ")
-				continue
-			}
-			groups = append(groups, j.g)
-			for _, l := range j.g.Listeners() {
-				wg.Add(1)
-				go echo(&wg, l, &accepted)
-			}
-		}
-		served := answered(conns)
-		t.Logf("%d times, of which it listened %d times; Listen took %v at most; %d tried, %d lost", len(sets), len(groups), took.Round(time.Millisecond), len(conns), len(conns)-served)
-		for _, c := range conns {
-			c.Close()
-		}
-		for _, s := range sets {
-			s[0].signal(syscall.SIGCONT)
-		}
-		for _, s := range sets {
-			s[0].becomes(isHandedOff)
-			s[2].becomes(isHandedOff)
-		}
-		for _, g := range groups {
-			require.Eventually(t, func() bool { return g.Info().OnKill&InheritHandoff != 0 }, limit(10*time.Second), 10*time.Millisecond, "%+v", g.Info())
-			require.NoError(t, g.Close())
-		}
-		wg.Wait()
-		require.Less(t, took, limit(4*time.Second))
-		require.Equal(t, len(conns), served)
-	})
-}
-
-// A hub that stops when it is asked for a socket that a newcomer wants to adopt
-// delays Listen by a second at most; the newcomer opens a socket of its own, and
-// serves the other too while nobody is known to.
-func TestHandoffHubStopsAtAClaim(t *testing.T) {
+// A process that stops when it is asked whether a newcomer may adopt a socket delays
+// Listen by a second at most; the newcomer adopts it, or serves it beside its own.
+func TestHandoffPeerStopsAtAClaim(t *testing.T) {
 	beside(t)
 	modes[0].need(t)
 	path := handoffPath(t)
-	left, at, sendLeft := leftSocket(t)
+	require.NoError(t, os.Mkdir(path, 0o700))
+	left, at, d := leftSocket(t)
 	clients := queueUp(t, left.Addr(), 20)
-	claimed := make(chan struct{})
-	fakeHub(t, path, func(p rawPeer) {
-		told := false
-		for {
-			f, d, err := p.read(limit(30 * time.Second))
-			if d != nil {
-				d.release()
-			}
-			if err != nil {
-				return
-			}
-			switch f.kind {
-			case frameHello:
-				p.send(frame{kind: frameHello, n: handoffHighest}, nil)
+	var claimed atomic.Bool
+	fakeProcess(t, path, func(p *rawPeer) {
+		has := frame{kind: frameHas, id: newID(), at: at, sub: at.network, flags: flagBalanced | flagBound | flagLeft}
+		p.obey(func(m parcel) bool {
+			switch m.kind {
 			case frameSynced:
-				p.send(frame{kind: frameSynced}, nil)
-			case frameOn:
-				if !told {
-					told = true
-					sendLeft(p)
-				}
-				p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
-			case frameOwner:
-				close(claimed)
-				return // and no more
+				p.send(has, nil)
+			case frameWant:
+				f := has
+				f.kind = frameSocket
+				p.send(f, d)
+			case frameClaim:
+				claimed.Store(true)
 			}
-		}
+			return m.kind != frameClaim
+		})
 	})
 	begin := time.Now()
 	ln, err := Listen("tcp4", at.String(), WithHandoff(path))
 	require.NoError(t, err)
-	require.Less(t, time.Since(begin), 2*exchangeTime+limit(time.Second))
-	<-claimed
-	clients = append(clients, queueUp(t, left.Addr(), 20)...)
+	defer ln.Close()
+	require.Less(t, time.Since(begin), 2*exchangeTime+limit(500*time.Millisecond))
+	require.True(t, claimed.Load())
 	for range clients {
-		c := acceptWithin(t, ln)
-		c.Close()
+		n := answer(t, acceptWithin(t, ln))
+		wantAnswer(t, clients[n], n)
 	}
-	t.Logf("%d tried, 0 lost", len(clients))
-	require.NoError(t, ln.Close())
 }
 
-// What a hub sends is shared when it has told everything, or goes: before that it
-// holds it, and this process may be short of descriptors.
-func TestHandoffHubTellsHalf(t *testing.T) {
+// Sockets that aren't what they are said to be are refused, the other is told so, and
+// nothing else suffers.
+func TestHandoffWrongSockets(t *testing.T) {
 	beside(t)
 	modes[0].need(t)
-	path := handoffPath(t)
-	left, at, sendLeft := leftSocket(t)
-	clients := queueUp(t, left.Addr(), 20)
-	told, goes := make(chan struct{}), make(chan struct{})
-	leave := sync.OnceFunc(func() { close(goes) })
-	defer leave()
-	sessions := 0
-	fakeHub(t, path, func(p rawPeer) {
-		defer p.c.Close()
-		if sessions++; sessions > 2 {
-			return
-		}
-		p.expect(frameHello)
-		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
-		p.expect(frameSynced)
-		if sessions == 2 { // the first one made it serve everything
-			sendLeft(p)
-			close(told)
-			<-goes
-		}
-	})
-	ln, err := Listen("tcp4", at.String(), WithHandoff(path))
-	require.NoError(t, err)
-	<-told
-	time.Sleep(limit(100 * time.Millisecond))
-	require.Equal(t, 1, ln.(*Listener).Info().Sockets)
-	leave()
-	require.Eventually(t, func() bool { return ln.(*Listener).Info().Sockets == 2 }, limit(5*time.Second), time.Millisecond)
-	left.Close() // whoever else held it has died
-	handoffs.mu.Lock()
-	h := handoffs.m[path]
-	handoffs.mu.Unlock()
-	h.fail(unix.EMFILE) // no descriptor for a hub
-	h.settle()
-	for range clients {
-		c := acceptWithin(t, ln)
-		c.Close()
-	}
-	require.Equal(t, 2, ln.(*Listener).Info().Sockets)
-	require.NoError(t, ln.Close())
-}
-
-// What a process does with the hub of an attacker, or of a bug: it takes no
-// descriptor that isn't what it is said to be, and goes on.
-func TestHandoffBadHub(t *testing.T) {
-	beside(t)
 	plain, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer plain.Close()
-	other, err := Listen("tcp4", "127.0.0.1:0", WithRequireKernel())
-	if err != nil {
-		t.Skipf("the kernel doesn't balance here: %v", err)
-	}
-	defer other.Close()
+	_, _, other := leftSocket(t)
 	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer udp.Close()
@@ -408,57 +257,53 @@ func TestHandoffBadHub(t *testing.T) {
 	defer file.Close()
 	unbound, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	require.NoError(t, err)
-	defer unix.Close(unbound)
-
-	sent, done := make(chan struct{}), false
-	fakeHub(t, path, func(p rawPeer) {
-		p.expect(frameHello)
-		p.send(frame{kind: frameHello, n: handoffHighest}, nil)
-		p.expect(frameSynced)
-		p.send(frame{kind: frameSynced}, nil)
-		f, d, err := p.read(limit(5 * time.Second))
-		for err == nil {
-			if d != nil {
-				d.release()
-			}
-			if f.kind == frameSocket || f.kind == frameOn {
-				p.send(frame{kind: frameReply, n: f.n, flags: flagOK}, nil)
-			}
-			if f.kind == frameOn && !done {
-				done = true
-				for _, s := range []syscall.Conn{plain.(*net.TCPListener), other.(*Listener), udp.(*net.UDPConn), file} {
-					conn, err := s.SyscallConn()
-					require.NoError(t, err)
-					var d *descriptor
-					require.NoError(t, onFD(conn, func(fd uintptr) (err error) { d, err = duplicate(fd); return err }))
-					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp4", flags: flagBalanced}, d)
-					p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp6", flags: flagBalanced}, d)
-					d.release()
-				}
-				d := newDescriptor(unbound)
-				d.hold() // it is closed above
-				p.send(frame{kind: frameSocket, id: newID(), at: f.at, sub: "tcp4", flags: flagBalanced}, d)
-				for kind := range 32 { // without a sense
-					p.send(frame{kind: byte(kind), id: newID(), n: 77, at: place{network: "x", host: "y", port: 1}}, nil)
-				}
-				close(sent)
-			}
-			f, d, err = p.read(limit(5 * time.Second))
+	descriptors := []*descriptor{other, newDescriptor(unbound)}
+	for _, s := range []syscall.Conn{plain.(*net.TCPListener), udp.(*net.UDPConn), file} {
+		conn, err := s.SyscallConn()
+		require.NoError(t, err)
+		require.NoError(t, onFD(conn, func(fd uintptr) error {
+			d, err := duplicate(fd)
+			descriptors = append(descriptors, d)
+			return err
+		}))
+	}
+	defer func() {
+		for _, d := range descriptors[1:] {
+			d.release()
 		}
-	})
+	}()
 	ln, err := Listen("tcp4", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)
-	<-sent
-	time.Sleep(limit(50 * time.Millisecond))
+	at, _, err := resolved("tcp4", ln.Addr().String())
+	require.NoError(t, err)
+	p := dialProcess(t, path)
+	p.hello(handoffLowest, handoffHighest, flagSettled)
+	p.expect(frameSynced)
+	p.send(frame{kind: frameSynced}, nil)
+	for _, sub := range []string{"tcp4", "tcp6", "x"} {
+		for _, d := range descriptors {
+			has := frame{kind: frameHas, id: newID(), at: at, sub: sub, flags: flagBalanced | flagBound | flagLeft}
+			p.send(has, nil)
+			require.Equal(t, has.id, p.expect(frameWant).id)
+			has.kind = frameSocket
+			p.send(has, d)
+			for m := p.expect(frameAnswer); ; m = p.expect(frameAnswer) {
+				if require.Equal(t, has.id, m.id); m.flags&flagOK == 0 {
+					break // at first it has it, then it has looked
+				}
+			}
+		}
+	}
 	require.Equal(t, 1, ln.(*Listener).Info().Sockets)
 	c := dialTest(t, ln.Addr())
 	acceptWithin(t, ln)
 	c.Close()
+	p.c.Close()
 	require.NoError(t, ln.Close())
 }
 
-// What a hub does with a peer that speaks nonsense: it ends the connection, and
-// nothing else.
+// What a process does with a peer that speaks nonsense: it ends the link, and nothing
+// else.
 func TestHandoffBadPeer(t *testing.T) {
 	if !alone(t) {
 		return
@@ -468,7 +313,7 @@ func TestHandoffBadPeer(t *testing.T) {
 	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)
 	defer ln.Close()
-	hello := (&frame{kind: frameHello, n: handoffHighest, process: newID(), at: place{network: helloName}}).append(nil)
+	hello := (&frame{kind: frameHello, n: 1<<16 | handoffHighest, id: newID(), at: place{network: helloName}}).append(nil)
 	null, err := os.Open(os.DevNull)
 	require.NoError(t, err)
 	defer null.Close()
@@ -480,9 +325,9 @@ func TestHandoffBadPeer(t *testing.T) {
 		return unix.UnixRights(fds...)
 	}
 	socket := (&frame{kind: frameSocket, n: 1, id: newID()}).append(nil)
+	has := (&frame{kind: frameHas, n: 1, id: newID()}).append(nil)
 	b := startServer(t, serverJob{Path: path, Address: ln.Addr().String()})
 	b.close() // from here on there are its sockets to adopt
-	before := openDescriptors()
 	for _, c := range []struct {
 		name   string
 		bytes  []byte
@@ -495,10 +340,12 @@ func TestHandoffBadPeer(t *testing.T) {
 		{"half a message", hello[:20], nil, true},
 		{"no hello first", socket, rights(1), true},
 		{"a descriptor that isn't there", append(append([]byte{}, hello...), socket...), nil, true},
-		{"a descriptor that is a file", append(append([]byte{}, hello...), socket...), rights(1), false},
+		{"a descriptor that nobody asked for", append(append([]byte{}, hello...), socket...), rights(1), false},
+		{"a socket that doesn't come", append(append([]byte{}, hello...), has...), nil, false},
 		{"a descriptor without a message", hello, rights(3), false},
-		{"too many descriptors", hello, rights(messageDescriptors + 1), true},
-		{"very many descriptors", hello, rights(250), true},
+		{"too many descriptors", hello, rights(messageDescriptors + 1), false},
+		{"very many descriptors", hello, rights(250), false},
+		{"an observer that talks", (&frame{kind: frameHello, flags: flagObserver, n: 1<<16 | 1, id: newID(), at: place{network: helloName}}).append((&frame{kind: frameHello, flags: flagObserver, n: 1<<16 | 1, id: newID(), at: place{network: helloName}}).append(nil)), nil, true},
 		{"every kind of frame", func() []byte {
 			b := append([]byte{}, hello...)
 			for kind := range byte(64) {
@@ -510,9 +357,8 @@ func TestHandoffBadPeer(t *testing.T) {
 		}(), nil, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			conn, err := net.Dial("unix", path)
-			require.NoError(t, err)
-			u := conn.(*net.UnixConn)
+			before := openDescriptors()
+			u := dialProcess(t, path).c
 			defer u.Close()
 			if c.bytes != nil {
 				_, _, err = u.WriteMsgUnix(c.bytes, c.rights, nil)
@@ -526,80 +372,109 @@ func TestHandoffBadPeer(t *testing.T) {
 			u.Close()
 			require.Eventually(t, func() bool { return openDescriptors() <= before }, limit(5*time.Second), time.Millisecond, "descriptors are left over")
 			b := startServer(t, serverJob{Path: path, Address: ln.Addr().String()})
-			soon(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 }, "the hub is of no use any more")
+			soon(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 }, "the process is of no use any more")
 			b.close()
 		})
 	}
 }
 
-// A peer that stops reading, and one that is silent, are taken for gone, and
-// delay nobody.
+// A peer that doesn't answer is silent: asked once, for a second, and not waited for
+// again; and one that doesn't read is dropped when its queue is full.
 func TestHandoffPeerThatStopsReading(t *testing.T) {
 	if !alone(t) {
 		return
 	}
 	noLeaks(t)
-	defer set(&silentAfter, limit(500*time.Millisecond))()
-	defer set(&beatEvery, limit(100*time.Millisecond))()
 	path := handoffPath(t)
 	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)
 	defer ln.Close()
-	p := dialHub(t, path)
-	p.hello(1, handoffHighest)
-	p.expect(frameHello)
-	p.send(frame{kind: frameSynced}, nil)
-	p.expect(frameSynced)
 	at, _, err := resolved("tcp", ln.Addr().String())
 	require.NoError(t, err)
-	p.send(frame{kind: frameOn, n: 5, at: at}, nil)
-	p.expect(frameReply)
-	require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 }, limit(5*time.Second), time.Millisecond)
-	begin := time.Now()
-	more, err := Listen("tcp", ln.Addr().String(), WithHandoff(path)) // it doesn't confirm the socket
-	require.NoError(t, err)
-	require.Less(t, time.Since(begin), exchangeTime)
-	require.NoError(t, more.Close())
-	p.mu.Lock() // its writer beats no more
-	p.isEnded()
-	p.mu.Unlock()
-	require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff == 0 }, limit(5*time.Second), time.Millisecond)
+	p := dialProcess(t, path)
+	p.hello(handoffLowest, handoffHighest, flagSettled)
+	p.expect(frameHello)
+	p.send(frame{kind: frameOn, at: at}, nil)
+	p.send(frame{kind: frameSynced}, nil)
+	has := p.expect(frameHas)
+	p.send(frame{kind: frameAnswer, flags: flagOK, id: has.id}, nil)
+	is := func(want bool) {
+		t.Helper()
+		require.Eventually(t, func() bool { return ln.(*Listener).Info().OnKill&InheritHandoff != 0 == want }, limit(5*time.Second), time.Millisecond)
+	}
+	is(true)
+	for i, most := range []time.Duration{exchangeTime + limit(500*time.Millisecond), exchangeTime / 2} {
+		begin := time.Now()
+		more, err := Listen("tcp", ln.Addr().String(), WithHandoff(path)) // it doesn't confirm the socket
+		require.NoError(t, err)
+		require.Less(t, time.Since(begin), most, "%d", i)
+		is(false)
+		require.ErrorContains(t, ln.(*Listener).Info().Reason, "doesn't answer; is it stopped?")
+		require.NoError(t, more.Close())
+	}
+	p.send(frame{kind: frameAsk, n: 1}, nil) // it goes on
+	handoffs.mu.Lock()
+	h := handoffs.m[path]
+	handoffs.mu.Unlock()
+	for range 2 * queuedFrames {
+		h.mu.Lock()
+		h.tellLocked(frame{kind: frameAsk, n: 1 << 30})
+		links := len(h.links)
+		h.mu.Unlock()
+		if links == 0 {
+			break
+		}
+	}
+	soon(t, func() bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return len(h.links) == 0
+	}, "the link of a peer that doesn't read is there still")
 }
 
-// A peer that sends sockets without end doesn't use up the descriptors of the
-// process that is the hub: the last quarter is for its own.
+// A peer that sends sockets without end doesn't use up the descriptors of another
+// process: the last quarter is for its own.
 func TestHandoffPeerThatFloods(t *testing.T) {
 	noLeaks(t)
 	require.Equal(t, "ok\n", runWorker(t, "flooded", "LBLISTEN_TEST_PATH="+handoffPath(t)))
 }
 
 func floodedWorker() {
-	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(os.Getenv("LBLISTEN_TEST_PATH")))
+	path := os.Getenv("LBLISTEN_TEST_PATH")
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	must(err)
-	c, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_PATH"))
+	ids, err := processesIn(path)
+	must(err)
+	c, err := net.Dial("unix", filepath.Join(path, ids[0].String()))
 	must(err)
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	must(err)
 	d := newDescriptor(fd)
 	must(setFileLimit(128))
-	w := newWire(c.(*net.UnixConn))
-	w.send(frame{kind: frameHello, n: 1<<16 | 1, process: newID(), at: place{network: helloName}}, nil)
+	p := &rawPeer{nil, &frameReader{c: c.(*net.UnixConn)}, newID()}
+	p.hello(1, 1, flagSettled)
 	kept := 0
-	for n := range uint32(200) { // one after the other: the system limits descriptors on their way, too
-		w.send(frame{kind: frameSocket, n: n + 1, id: newID(), at: place{network: "tcp", host: "::", port: 1}}, d)
+	for n := range uint32(200) {
+		f := frame{kind: frameHas, n: n + 1, id: newID(), at: place{network: "tcp", host: "::", port: 1}, flags: flagMine}
+		must(writeParcels(p.c, []parcel{{frame: f}}))
 		for answered := false; !answered; {
-			f, d, err := w.read(limit(10 * time.Second))
+			m, err := p.next()
 			must(err)
-			if d != nil {
-				d.release()
-			}
-			if answered = f.kind == frameReply; answered && f.flags&flagOK != 0 {
-				kept++
+			m.d.release()
+			switch {
+			case m.kind == frameWant && m.id == f.id:
+				f.kind = frameSocket
+				must(writeParcels(p.c, []parcel{{f, d}}))
+			case m.kind == frameAnswer && m.id == f.id:
+				answered = true
+				if m.flags&flagOK != 0 {
+					kept++
+				}
 			}
 		}
 	}
-	if kept > 96 {
-		panic(fmt.Sprintf("the hub keeps %d sockets", kept))
+	if kept > 96 || kept < 48 {
+		panic(fmt.Sprintf("the process keeps %d sockets", kept))
 	}
 	for range 8 { // two descriptors each
 		_, err := net.Dial("tcp", ln.Addr().String())
@@ -610,29 +485,74 @@ func floodedWorker() {
 	fmt.Println("ok")
 }
 
-// The hello agrees on the lower of two versions, and says so if there is none.
+// Processes agree on a version that both speak, and say so if there is none.
 func TestHandoffVersions(t *testing.T) {
 	noLeaks(t)
 	path := handoffPath(t)
 	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)
-	for _, c := range []struct{ lowest, highest, want uint32 }{{1, 1, 1}, {1, 2, 1}, {0, 1, 1}, {2, 3, 0}, {0, 0, 0}} {
-		p := dialHub(t, path)
-		p.hello(c.lowest, c.highest)
-		f, _ := p.expect(frameHello)
-		require.Equal(t, c.want, f.n, "%+v", c)
-		if c.want == 0 {
+	for _, c := range []struct {
+		lowest, highest uint32
+		common          bool
+	}{{1, 1, true}, {1, 2, true}, {0, 1, true}, {2, 3, false}, {0, 0, false}} {
+		p := dialProcess(t, path)
+		p.hello(c.lowest, c.highest, flagSettled)
+		require.EqualValues(t, 1<<16|1, p.expect(frameHello).n, "%+v", c)
+		if c.common {
+			p.expect(frameSynced)
+		} else {
 			p.isEnded()
 		}
-		p.wire.c.Close()
+		p.c.Close()
 	}
 	require.NoError(t, ln.Close())
-	fakeHub(t, path, func(p rawPeer) {
+	fakeProcess(t, path, func(p *rawPeer) {
 		p.expect(frameHello)
-		p.send(frame{kind: frameHello, n: 0}, nil)
+		p.hello(2, 3, flagSettled)
 	})
 	ln, err = Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)
-	require.ErrorContains(t, ln.(*Listener).Info().Reason, "other versions")
+	require.ErrorContains(t, ln.(*Listener).Info().Reason, "speaks other versions of the protocol, 2 to 3, this one 1 to 1")
 	require.NoError(t, ln.Close())
+}
+
+// Of two links of one pair the one stays that the process with the smaller id has dialled,
+// and a process that dials although it has a link has lost that one.
+func TestHandoffOneLinkAPair(t *testing.T) {
+	noLeaks(t)
+	path := handoffPath(t)
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
+	require.NoError(t, err)
+	defer ln.Close()
+	handoffs.mu.Lock()
+	h := handoffs.m[path]
+	handoffs.mu.Unlock()
+	for _, smaller := range []bool{true, false} {
+		p := dialProcess(t, path)
+		p.id = id{0xff, 0xff}
+		if smaller {
+			p.id = id{0, 1}
+		}
+		h.mu.Lock()
+		h.dialing[p.id] = &link{h: h, peer: p.id, dialed: true} // it is being dialled
+		h.mu.Unlock()
+		p.hello(1, 1, flagSettled)
+		if smaller {
+			p.expect(frameSynced)
+		} else {
+			p.isEnded()
+		}
+		h.mu.Lock()
+		require.Equal(t, smaller, h.dialing[p.id] == nil)
+		delete(h.dialing, p.id)
+		h.mu.Unlock()
+		if smaller {
+			again := dialProcess(t, path)
+			again.id = p.id
+			again.hello(1, 1, flagSettled)
+			again.expect(frameSynced)
+			p.isEnded()
+			again.c.Close()
+		}
+	}
 }

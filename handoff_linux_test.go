@@ -4,13 +4,14 @@ package lblisten
 // other clocks.
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -43,7 +44,7 @@ func diskFullWorker() {
 	check(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	check(unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=1,mode=700"))
 	begin := time.Now()
-	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(filepath.Join(dir, "lb.sock")))
+	ln, err := Listen("tcp", "127.0.0.1:0", WithHandoff(filepath.Join(dir, "handoff")))
 	check(err)
 	if took := time.Since(begin); took > 2*exchangeTime+limit(500*time.Millisecond) {
 		panic(fmt.Sprintf("Listen took %v", took))
@@ -66,8 +67,8 @@ func diskFullWorker() {
 	fmt.Println("ok")
 }
 
-// A disk that is full when the hub dies costs nothing: nobody can be the hub, so
-// everybody serves everything, and when there is room again, all find together.
+// A disk that is full doesn't keep a process out of a handoff: it finds the others, and
+// when there is room, it is found too.
 func TestHandoffDiskFullWhileRunning(t *testing.T) {
 	if !inNamespaces(t, unix.CLONE_NEWNS|unix.CLONE_NEWNET) {
 		return
@@ -75,8 +76,8 @@ func TestHandoffDiskFullWhileRunning(t *testing.T) {
 	for _, m := range modes {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: m.name == "dispatcher"}
 		dir := filepath.Dir(job.Path)
-		// Room for the directory, the lock and the socket, but not for another one.
-		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=3,mode=700"))
+		// Room for two directories and two processes.
+		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "nr_inodes=4,mode=700"))
 		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 		var servers []*server
 		for range 3 {
@@ -89,13 +90,13 @@ func TestHandoffDiskFullWhileRunning(t *testing.T) {
 		n := count(300, 30)
 		conns := standing(t, job.Address, n)
 		servers[0].kill()
-		servers[1].becomes(func(r serverReport) bool { return strings.Contains(r.Reason, "no space left on device") })
-		servers[1].ask("accept")
+		servers[1].kill()
+		servers[2].ask("accept")
 		served := answered(conns)
 		t.Logf("%s: %d tried, %d lost", m.name, n, n-served)
 		require.Equal(t, n, served)
 		require.NoError(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "nr_inodes=100,mode=700"))
-		for _, s := range append(servers[1:], startServer(t, job)) {
+		for _, s := range append(servers[2:], startServer(t, job)) {
 			s.becomes(isHandedOff)
 		}
 		for _, c := range conns {
@@ -121,7 +122,7 @@ func TestHandoffReadOnly(t *testing.T) {
 	t.Cleanup(func() { unix.Unmount(readOnly, unix.MNT_DETACH) })
 	require.NoError(t, unix.Mount("", readOnly, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 	fds := openDescriptors()
-	for _, path := range []string{filepath.Join(readOnly, "lb.sock"), filepath.Join(readOnly, "new.sock")} {
+	for _, path := range []string{filepath.Join(readOnly, filepath.Base(job.Path)), filepath.Join(readOnly, "new")} {
 		for _, opt := range []Option{WithRequireKernel(), WithDispatcher()} {
 			_, err := Listen("tcp", job.Address, opt, WithHandoff(path))
 			require.ErrorIs(t, err, unix.EROFS)
@@ -140,8 +141,7 @@ func TestHandoffReadOnly(t *testing.T) {
 	require.Equal(t, n, served)
 }
 
-// Another user's process gets nothing from the hub, even where the file's mode
-// lets it connect, and can't use another user's path.
+// Another user's process can't reach what is in the directory, and can't use it.
 func TestHandoffOtherUsers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("being two users takes root")
@@ -154,25 +154,26 @@ func TestHandoffOtherUsers(t *testing.T) {
 	defer ln.Close()
 	st, err := os.Stat(path)
 	require.NoError(t, err)
-	require.Equal(t, os.FileMode(0o600), st.Mode().Perm())
+	require.Equal(t, os.FileMode(0o700), st.Mode().Perm())
+	ids, err := processesIn(path)
+	require.NoError(t, err)
 	asNobody := func(worker string) string {
 		cmd := exec.Command(executable(t))
-		cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER="+worker, "LBLISTEN_TEST_PATH="+path, "GORACE=atexit_sleep_ms=0")
+		cmd.Env = append(os.Environ(), "LBLISTEN_TEST_WORKER="+worker, "LBLISTEN_TEST_PATH="+path, "LBLISTEN_TEST_FILE="+filepath.Join(path, ids[0].String()), "GORACE=atexit_sleep_ms=0")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 		out, err := cmd.CombinedOutput()
 		require.NoError(t, err, "%s", out)
 		return strings.TrimSpace(string(out))
 	}
-	require.Contains(t, asNobody("listenThere"), fmt.Sprintf("belongs to uid 0, this process is uid %d", nobody))
+	require.Contains(t, asNobody("listenThere"), fmt.Sprintf("belongs to uid 0 and this process is uid %d", nobody))
 	require.Contains(t, asNobody("connectThere"), "permission denied")
-	require.NoError(t, os.Chmod(path, 0o666))
-	require.Equal(t, "0 bytes, then it was closed", asNobody("connectThere"))
 
 	// The other way round: a directory of somebody else.
-	require.NoError(t, os.Chown(filepath.Dir(path), nobody, nobody))
-	_, err = Listen("tcp", "127.0.0.1:0", WithHandoff(filepath.Join(filepath.Dir(path), "other.sock")))
-	require.ErrorContains(t, err, fmt.Sprintf("belongs to uid %d", nobody))
-	require.NoError(t, os.Chown(filepath.Dir(path), 0, 0))
+	theirs := filepath.Join(filepath.Dir(path), "theirs")
+	require.NoError(t, os.Mkdir(theirs, 0o700))
+	require.NoError(t, os.Chown(theirs, nobody, nobody))
+	_, err = Listen("tcp", "127.0.0.1:0", WithHandoff(theirs))
+	require.ErrorContains(t, err, fmt.Sprintf("belongs to uid %d and this process is uid 0", nobody))
 }
 
 func listenThereWorker() {
@@ -181,19 +182,65 @@ func listenThereWorker() {
 }
 
 func connectThereWorker() {
-	c, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_PATH"))
+	_, err := net.Dial("unix", os.Getenv("LBLISTEN_TEST_FILE"))
+	fmt.Println(err)
+}
+
+// A process of another network namespace is told so by its Listen, before a socket moves,
+// and the one that was there first goes on serving its own; also when it starts twice in
+// a row, and with a keeper in the wrong namespace.
+func TestHandoffOfAnotherNamespace(t *testing.T) {
+	if !inNamespaces(t, unix.CLONE_NEWNET) {
+		return
+	}
+	unshare, err := exec.LookPath("unshare")
 	if err != nil {
-		fmt.Println(err)
-		return
+		t.Skip("making a namespace takes unshare(1)")
 	}
-	c.Write((&frame{kind: frameHello, n: handoffHighest, process: newID(), at: place{network: helloName}}).append(nil))
-	c.SetReadDeadline(time.Now().Add(limit(5 * time.Second)))
-	b, err := io.ReadAll(c)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		fmt.Println("it wasn't closed")
-		return
+	for _, m := range modes {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: m.name == "dispatcher", Members: 2}
+		first := startServer(t, job)
+		job.Address = first.Address
+		second := startServer(t, job)
+		for range 2 {
+			stranger := beginServer(t, job, unshare, "--net")
+			stranger.hear()
+			require.Contains(t, stranger.Err, job.Path+" is used by processes of another network namespace (another container?): give each its own directory")
+			stranger.end()
+		}
+		keeper, line := startChild(t, "strayKeeper", "LBLISTEN_TEST_PATH="+job.Path)
+		require.Contains(t, line, "another network namespace")
+		keeper.wait()
+		for _, s := range []*server{first, second} {
+			s.becomes(isHandedOff)
+		}
+		conns := standing(t, job.Address, 40)
+		first.kill()
+		second.ask("accept")
+		require.Equal(t, len(conns), answered(conns))
+		// Two strangers that start in one instant: one of them at least is told so.
+		path := handoffPath(t)
+		lone := serverJob{Path: path, Address: "127.0.0.1:0", Members: 1, Network: "tcp4"}
+		two := []*server{beginServer(t, lone), beginServer(t, lone, unshare, "--net", "sh", "-c", "ip link set lo up; exec \"$0\"")}
+		told := 0
+		for _, s := range two {
+			s.hear()
+			if s.Err != "" {
+				require.Contains(t, s.Err, "another network namespace")
+				told++
+			}
+		}
+		require.Equal(t, 1, told)
+		for _, s := range two {
+			s.end()
+		}
 	}
-	fmt.Printf("%d bytes, then it was closed\n", len(b))
+}
+
+func strayKeeperWorker() {
+	runtime.LockOSThread() // the thread is in another namespace, and what it opens
+	must(unix.Unshare(unix.CLONE_NEWNET))
+	fmt.Println(Keep(context.Background(), os.Getenv("LBLISTEN_TEST_PATH")))
 }
 
 // Processes whose monotonic clocks differ by ten days, as in containers that were

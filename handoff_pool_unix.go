@@ -2,319 +2,385 @@
 
 package lblisten
 
-// The sockets of a handoff as one process knows them: which of them its groups
-// share, and whether one that came from another process is what it is said to
-// be. It doesn't know how the others are told or heard (handoff_link_unix.go), nor
-// what a group does with a socket that it shares (inherit.go).
+// The pool: the sockets of a handoff and its processes, as one of these knows them.
+// What a message changes, and what follows from it, is here, without I/O, time or
+// locks: a message goes into hear, and what is to be said comes out. Who carries it is
+// handoff_link_unix.go; what becomes of a free socket, handoff_unix.go.
+//
+// Each process speaks for itself alone: that it holds a socket, that it accepts from
+// it, that it listens on an address. So nothing has to be agreed on. Accepting twice
+// from one socket is harmless, so who owns one is a hint and never a lock.
 
-import (
-	"errors"
-	"fmt"
-	"net"
-	"net/netip"
-	"os"
-	"slices"
-	"strings"
-	"time"
+import "math"
 
-	"golang.org/x/sys/unix"
-)
+// poolMost is the most sockets that a process takes into its pool.
+const poolMost = 1 << 15
 
-// A pooled is a socket of the set, as this process knows it.
-type pooled struct {
-	id       socketID
-	d        *descriptor
-	sub      string // the network of the socket, where a member has two
-	balanced bool   // it is one of the kernel's group
+// A pool is what one process knows.
+type pool struct {
+	self    id
+	room    func() bool // descriptors are left for the sockets of others
+	peers   map[id]*peer
+	sockets map[id]*pooled
+	on      map[place]bool // where this process listens
+	keeper  bool           // it keeps what nobody listens for
+	unheard int            // processes that are there and haven't said hello yet: they may own anything
 
-	// What follows is guarded by handoff.mu.
-	at     place    // the address of its group; port 0 until it is known
-	role   poolRole // what it is to this process
-	owner  processID
-	fresh  bool          // it came while the hub had not told everything yet
-	kept   chan struct{} // closed when the others have it, for who waits for that
-	isKept bool          // they have it, as far as is known
+	dropped []*pooled // out of the pool, to be closed
+	refused bool      // a socket, for want of room
+	lacks   bool      // somebody went, or dropped a socket, before this process had it: others may have it
 }
 
-// A poolRole is what a socket of the pool is to this process. Only balanced ones are
-// owned or shared, because the dispatcher of a group has one socket for all.
-type poolRole byte
+// A peer is another process with a link to this one.
+type peer struct {
+	on     map[place]bool
+	keeper bool
+	silent bool        // it owes an answer: what it owns is served by others meanwhile
+	synced bool        // it has told everything
+	wants  map[id]bool // sockets that it was asked for
+}
+
+// A holding is what a peer is known to have of a socket.
+type holding byte
 
 const (
-	roleNone    poolRole = iota // left alone: another process accepts from it, or no group of it is here
-	roleOwned                   // this process accepts from it, or what a member of it left is shared here
-	roleShared                  // this process shares it, because nobody is known to accept from it
-	roleRefused                 // left alone for good: it is not what it is said to be
+	holds holding = iota + 1 // a duplicate
+	owns                     // and it accepts from it
 )
 
-// ownLocked: a member of this process accepts from the socket from here on.
-func (p *pooled) ownLocked() { p.role = roleOwned }
+// A pooled is a socket of the pool.
+type pooled struct {
+	id       id
+	d        *descriptor
+	sub      string // the network of the socket, where a member has two
+	balanced bool   // it is one of the kernel's group; otherwise all processes of its address serve it
 
-// disownLocked ends that. It does nothing in another role.
-func (p *pooled) disownLocked() {
-	if p.role == roleOwned {
-		p.role = roleNone
+	at      place          // port 0 until it is known
+	file    fileKey        // of a unix socket, once it is bound
+	bound   bool           // it listens
+	who     map[id]holding // peers only
+	mine    bool           // this process accepts from it, or what a member of it left is shared here
+	claimed bool           // this process asks the others whether it may
+	left    bool           // whoever owned it last is gone; otherwise it may be one that wasn't heard
+	shared  bool           // its address in this process shares it
+	checked bool           // it is what it is said to be
+	queued  int            // looks in a row that found a connection queued
+	idle    int            // looks in a row that found nobody on its address
+}
+
+func newPool(self id, room func() bool) pool {
+	return pool{self: self, room: room, peers: make(map[id]*peer), sockets: make(map[id]*pooled), on: make(map[place]bool)}
+}
+
+// frame returns a frame about a socket.
+func (s *pooled) frame(kind byte) frame {
+	f := frame{kind: kind, id: s.id, at: s.at, sub: s.sub, file: s.file}
+	for flag, set := range map[byte]bool{flagBalanced: s.balanced, flagMine: s.mine, flagLeft: s.left, flagBound: s.bound} {
+		if set {
+			f.flags |= flag
+		}
+	}
+	return f
+}
+
+// add adds a socket.
+func (p *pool) add(s *pooled) {
+	s.who = make(map[id]holding)
+	p.sockets[s.id] = s
+}
+
+// forget takes a socket out of the pool.
+func (p *pool) forget(s *pooled) {
+	if p.sockets[s.id] == s {
+		delete(p.sockets, s.id)
+		p.dropped = append(p.dropped, s)
 	}
 }
 
-// shareLocked: the group of the socket shares it from here on.
-func (p *pooled) shareLocked() { p.role = roleShared }
+// isOwned tells whether a process with a link owns a socket, one that is silent too.
+func (p *pool) isOwned(s *pooled) bool {
+	for _, h := range s.who {
+		if h == owns {
+			return true
+		}
+	}
+	return s.mine
+}
 
-// unshareLocked ends that. It does nothing in another role, and returns false.
-func (p *pooled) unshareLocked() bool {
-	if p.role != roleShared {
+// isFree tells whether this process is to serve a socket that is not its own:
+// because nobody who answers accepts from it, or because everybody is to.
+func (p *pool) isFree(s *pooled) bool {
+	if s.mine || !s.bound {
 		return false
 	}
-	p.role = roleNone
+	for peer, h := range s.who {
+		if s.balanced && h == owns && !p.peers[peer].silent {
+			return false
+		}
+	}
 	return true
 }
 
-// refuseLocked: the socket was looked at and is not what it is said to be. That
-// is final. What this process owns is never looked at.
-func (p *pooled) refuseLocked() { p.role = roleRefused }
+// isOrphan tells whether nobody owns a socket: nobody with a link, and nobody else
+// either.
+func (p *pool) isOrphan(s *pooled) bool { return !p.isOwned(s) && (s.left || p.unheard == 0) }
 
-func (p *pooled) flagsLocked() (flags byte) {
-	if p.role == roleOwned {
-		flags |= flagMine
-	}
-	if p.balanced {
-		flags |= flagBalanced
-	}
-	return flags
-}
-
-// forgetLocked takes a socket out of the pool.
-func (h *handoff) forgetLocked(p *pooled) {
-	delete(h.sockets, p.id)
-	p.d.release()
-	if p.unshareLocked() {
-		h.dropped = append(h.dropped, p)
-		h.change()
-	}
-}
-
-// keepLocked notes that the others have a socket.
-func (p *pooled) keepLocked() {
-	p.isKept = true
-	if p.kept != nil {
-		close(p.kept)
-		p.kept = nil
-	}
-}
-
-// A step is a socket that a group is to share, or to take back. The group is nil
-// if it has left.
-type step struct {
-	p *pooled
-	a *address
-}
-
-// settle shares with its group what nobody is known to accept from, and takes
-// back what somebody does.
-func (h *handoff) settle() {
-	writeNotes(h.apply())
-}
-
-// apply does what settle is to do. It returns what is to be logged, which is done
-// without a lock, because a logger is the user's code.
-func (h *handoff) apply() (logs []note) {
-	h.applying.Lock()
-	defer h.applying.Unlock()
-	share, back := h.stepsLocked()
-	for _, s := range back {
-		if s.a != nil {
-			s.a.takeBack(s.p)
+// others tells whether another process listens on an address, or keeps its sockets.
+func (p *pool) others(at place) bool {
+	for _, peer := range p.peers {
+		if peer.on[at] || peer.keeper {
+			return true
 		}
 	}
-	for _, s := range share {
-		if say := h.takeLocked(s); say != nil {
-			logs = append(logs, say)
-		}
-	}
-	return logs
+	return false
 }
 
-// stepsLocked returns what groups are to share, with a use of each descriptor, and
-// what they are to take back. The lock is applying: nobody else takes steps.
-func (h *handoff) stepsLocked() (share, back []step) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, p := range h.dropped {
-		back = append(back, step{p, h.addresses[p.at]})
+// isKept tells whether the sockets of an address are anybody's.
+func (p *pool) isKept(at place) bool { return p.on[at] || p.keeper || p.others(at) }
+
+// isWanted tells whether anybody who holds a socket may have a use for it.
+func (p *pool) isWanted(s *pooled) bool {
+	wanted := p.on[s.at] || p.keeper
+	for with := range s.who {
+		wanted = wanted || p.peers[with].on[s.at] || p.peers[with].keeper
 	}
-	h.dropped = nil
-	for _, p := range h.sockets {
-		a := h.addresses[p.at]
-		if a == nil || p.role == roleOwned || p.role == roleRefused || !p.balanced || a.d != nil {
-			continue
-		}
-		if p.fresh && h.w != nil {
-			continue // the hub holds it, and this process may not be able to
-		}
-		// A claim of this process becomes its own only with the answer.
-		switch free := h.alone || p.owner == (processID{}) || p.owner == h.process; {
-		case free && p.role == roleNone && listens(p.d):
-			p.shareLocked()
-			p.d.hold()
-			share = append(share, step{p, a})
-		case !free && p.unshareLocked():
-			back = append(back, step{p, a})
-		}
-	}
-	return share, back
+	return s.bound && wanted
 }
 
-// takeLocked has a group share a socket. It returns what is to be logged of it. The
-// lock is applying.
-func (h *handoff) takeLocked(s step) (say func()) {
-	sock, err := h.open(s.p, s.a)
-	s.p.d.release()
-	if err == nil {
-		if !s.a.inherit(sock) {
-			sock.ln.Close() // the group ends, and leaves the pool
-			return nil
-		}
-		return func() {
-			log(s.a.log, news, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", s.a.at)
+// hasAll tells whether a peer has every socket that this process has.
+func (p *pool) hasAll(peer id) bool {
+	for _, s := range p.sockets {
+		if s.who[peer] == 0 {
+			return false
 		}
 	}
-	h.mu.Lock()
-	s.p.unshareLocked()
-	if !isShortage(err) {
-		s.p.refuseLocked()
+	return true
+}
+
+// holdsAll tells whether a peer has every socket of this process on an address.
+func (p *pool) holdsAll(peer id, at place) bool {
+	for _, s := range p.sockets {
+		if s.mine && s.at == at && s.who[peer] == 0 {
+			return false
+		}
 	}
-	h.mu.Unlock()
-	if isShortage(err) {
-		time.AfterFunc(retryAfter, h.change)
+	return true
+}
+
+// meet is the begin of a link. It returns what this process says first.
+func (p *pool) meet(with id) (say []frame) {
+	p.peers[with] = &peer{on: make(map[place]bool), wants: make(map[id]bool)}
+	for at := range p.on { // first of all: no process may think that it is the last one there
+		say = append(say, frame{kind: frameOn, at: at})
 	}
-	return func() {
-		log(s.a.log, trouble, "a socket of the handoff can't be used", "path", h.path, "address", s.a.at, "reason", err)
+	if p.keeper {
+		say = append(say, frame{kind: frameKeeper, flags: flagOK})
+	}
+	for _, s := range p.sockets {
+		if s.mine || !p.isOwned(s) { // the owner says so itself
+			say = append(say, s.frame(frameHas))
+		}
+	}
+	return append(say, frame{kind: frameSynced})
+}
+
+// all is all that this process holds.
+func (p *pool) all() (say []frame) {
+	for _, s := range p.sockets {
+		say = append(say, s.frame(frameHas))
+	}
+	return append(say, frame{kind: frameSynced})
+}
+
+// gone is the end of a link; dead is false if the process may live.
+func (p *pool) gone(with id, dead bool) {
+	p.lacks = p.lacks || !p.peers[with].synced || len(p.peers[with].wants) > 0
+	delete(p.peers, with)
+	for _, s := range p.sockets {
+		p.disown(s, with, dead)
+		delete(s.who, with)
 	}
 }
 
-// open makes a listening socket of a group out of one of the pool, after
-// checking that it is what it is said to be.
-func (h *handoff) open(p *pooled, a *address) (*socket, error) {
-	if err := checkSocket(p, a); err != nil {
-		return nil, err
+// askAgain returns what to say to everybody if this process lacks something.
+func (p *pool) askAgain() (say []frame) {
+	if !p.lacks {
+		return nil
 	}
-	ln, err := listenerOf(p.d)
-	if err != nil {
-		return nil, err
+	p.lacks = false
+	for _, peer := range p.peers {
+		peer.synced = false
 	}
-	if _, ok := ln.(*net.TCPListener); !ok {
-		ln.Close()
-		return nil, fmt.Errorf("a %T, want TCP", ln)
-	}
-	s, err := newSocket(ln, p.sub, p)
-	if err != nil {
-		ln.Close()
-		return nil, err
-	}
-	s.received = true
-	return s, nil
+	return []frame{{kind: frameTell}}
 }
 
-// checkSocket checks that a socket of the pool listens on the address of a
-// group, in its way.
-func checkSocket(p *pooled, a *address) error {
-	sa, err := unix.Getsockname(p.d.fd)
-	if err != nil {
-		return os.NewSyscallError("getsockname", err)
+// disown ends what a peer owned.
+func (p *pool) disown(s *pooled, of id, left bool) {
+	if s.who[of] == owns {
+		s.who[of] = holds
+		s.left = left
 	}
-	split := a.at.split()
-	i := slices.IndexFunc(split, func(at place) bool { return at.network == p.sub })
-	if i < 0 {
-		return fmt.Errorf("a socket for network %q", p.sub)
-	}
-	at := split[i]
-	wrong := fmt.Errorf("a socket that doesn't listen on %v", at)
-	host, _, _ := strings.Cut(at.host, "%")
-	ip, _ := netip.ParseAddr(host)
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		if at.network != "tcp4" || netip.AddrFrom4(sa.Addr) != ip || sa.Port != at.port {
-			return wrong
-		}
-	case *unix.SockaddrInet6:
-		if at.network == "tcp4" || netip.AddrFrom16(sa.Addr) != ip || sa.Port != at.port {
-			return wrong
-		}
-		only, err := unix.GetsockoptInt(p.d.fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
-		if err != nil || ip.IsUnspecified() && (only == 0) != (at.network == "tcp") {
-			return wrong
-		}
-	case *unix.SockaddrUnix:
-		if sa.Name != at.host {
-			return wrong
-		}
-	default:
-		return wrong
-	}
-	if err := checkFacts(uintptr(p.d.fd), a.at); err != nil {
-		return err
-	}
-	if p.balanced && !isBalanced(uintptr(p.d.fd)) {
-		return errors.New("a socket that the kernel doesn't balance")
-	}
-	if !listens(p.d) {
-		return errors.New("a socket that doesn't listen")
-	}
-	return nil
 }
 
-// checkFacts checks that a socket is in the network namespace of a place, if that
-// has one, and bound to the same device. IPV6_V6ONLY belongs to the address.
-func checkFacts(fd uintptr, at place) error {
-	is := factsOf(fd)
+// hear takes in what a peer says. It returns the answers: those to be given at once,
+// and those that are to wait until this process serves what it is to serve.
+func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
+	peer, s := p.peers[from], p.sockets[m.id]
+	say := func(f frame) { now = append(now, parcel{frame: f}) }
+	answer := func(s id, ok bool) {
+		f := frame{kind: frameAnswer, n: m.n, id: s}
+		if ok {
+			f.flags = flagOK
+		}
+		say(f)
+	}
+	switch m.kind {
+	case frameOn:
+		if len(peer.on) < poolMost {
+			peer.on[m.at] = true
+		}
+	case frameOff:
+		delete(peer.on, m.at)
+		kept := p.isKept(m.at)
+		for _, s := range p.sockets {
+			if s.at == m.at {
+				p.disown(s, from, true)
+				if !kept && p.isOrphan(s) {
+					p.forget(s)
+				}
+			}
+		}
+		answer(id{}, p.on[m.at] || p.keeper)
+		now, then = nil, now
+	case frameHas, frameSocket:
+		wanted := peer.wants[m.id]
+		if m.kind == frameSocket {
+			delete(peer.wants, m.id)
+		}
+		switch {
+		case s != nil:
+			p.note(s, from, m.frame)
+			answer(m.id, true)
+		case m.kind == frameHas && len(p.sockets) < poolMost && p.room():
+			peer.wants[m.id] = true
+			say(frame{kind: frameWant, n: m.n, id: m.id})
+		case m.kind == frameSocket && wanted && m.d != nil:
+			s = &pooled{id: m.id, d: m.d.hold(), at: m.at, sub: m.sub, balanced: m.flags&flagBalanced != 0}
+			p.add(s)
+			p.note(s, from, m.frame)
+			answer(m.id, true)
+		default:
+			p.refused = true
+			answer(m.id, false)
+		}
+	case frameWant:
+		if s == nil {
+			say(frame{kind: frameDrop, id: m.id})
+			break
+		}
+		f := s.frame(frameSocket)
+		f.n = m.n
+		now = append(now, parcel{f, s.d})
+	case frameDrop:
+		p.lacks = p.lacks || peer.wants[m.id]
+		delete(peer.wants, m.id)
+		if s != nil {
+			p.disown(s, from, true)
+			delete(s.who, from)
+			if !s.mine && !p.isWanted(s) {
+				p.forget(s)
+			}
+		}
+	case frameBound:
+		if s != nil && !s.mine {
+			s.at, s.file, s.bound = m.at, m.file, true
+		}
+	case frameClaim:
+		answer(id{}, s == nil || !s.mine && !(s.claimed && p.self.less(from)) && !p.isOwnedBut(s, from))
+	case frameRelease:
+		if s != nil {
+			p.disown(s, from, true)
+		}
+	case frameKeeper:
+		peer.keeper = m.flags&flagOK != 0
+	case frameAsk:
+		answer(id{}, true)
+	case frameTell:
+		for _, f := range p.all() {
+			say(f)
+		}
+	case frameSynced:
+		peer.synced = true
+	case frameAnswer:
+		switch {
+		case s == nil:
+		case m.flags&flagOK == 0:
+			delete(s.who, from)
+		case s.who[from] == 0:
+			s.who[from] = holds
+		}
+	}
+	return now, then
+}
+
+// note takes in what a peer says of a socket that it has.
+func (p *pool) note(s *pooled, from id, f frame) {
+	if f.flags&flagBound != 0 && !s.bound {
+		s.at, s.file, s.bound = f.at, f.file, true
+	}
 	switch {
-	case at.space != 0 && is.space != at.space:
-		return errors.New("a socket of another network namespace")
-	case !at.isFile() && is.device != at.device:
-		return errors.New("a socket that is bound to another device")
+	case f.flags&flagMine != 0:
+		s.who[from], s.left = owns, false
+	default:
+		s.who[from] = holds
+		s.left = s.left || f.flags&flagLeft != 0
 	}
-	return nil
 }
 
-// checkReceived checks a descriptor before anything is done with it.
-func checkReceived(d *descriptor, at place) error {
-	kind, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return fmt.Errorf("a descriptor that is no socket: %w", os.NewSyscallError("getsockopt SO_TYPE", err))
+// isOwnedBut tells whether this process knows of an owner other than one.
+func (p *pool) isOwnedBut(s *pooled, but id) bool {
+	for peer, h := range s.who {
+		if h == owns && peer != but {
+			return true
+		}
 	}
-	want := unix.SOCK_STREAM
-	if at.network == "unixpacket" {
-		want = unix.SOCK_SEQPACKET
-	}
-	if kind != want {
-		return fmt.Errorf("a socket of type %d, want %d", kind, want)
-	}
-	// The description is everybody's, and must never block anybody.
-	return os.NewSyscallError("fcntl F_SETFL", unix.SetNonblock(d.fd, true))
+	return false
 }
 
-// listens tells whether a socket listens.
-func listens(d *descriptor) bool {
-	on, err := unix.GetsockoptInt(d.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	return err == nil && on != 0
-}
-
-// isScarce tells whether a new descriptor is one of the last quarter that this
-// process may have: those aren't for the sockets of others.
-func isScarce(fd int) bool {
-	var limit unix.Rlimit
-	return unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && uint64(fd) >= uint64(limit.Cur)/4*3
-}
-
-// listenerOf makes a listener of package net on a duplicate of a socket. It never
-// goes by os.File.Fd of a file that it put into non-blocking mode, because that
-// would make the description a blocking one, for all processes.
-func listenerOf(d *descriptor) (net.Listener, error) {
-	dup, err := duplicate(uintptr(d.fd))
-	if err != nil {
-		return nil, err
+// look is the once-a-second look at sockets that nobody is left for: they are kept for
+// a while, and by a keeper for as long as it wants to, 0 for ever. It returns those that
+// are let go.
+func (p *pool) look(while, keeperWhile int) (let []*pooled) {
+	if p.keeper && keeperWhile == 0 {
+		keeperWhile = math.MaxInt
 	}
-	f := os.NewFile(uintptr(dup.fd), "handoff")
-	defer f.Close()
-	return net.FileListener(f)
+	for _, s := range p.sockets {
+		s.idle++
+		switch {
+		case s.mine, p.unheard > 0, p.on[s.at]:
+			s.idle = 0
+		case p.keeper && !p.isListenedTo(s.at):
+			if s.idle >= keeperWhile {
+				let = append(let, s)
+			}
+		case p.others(s.at):
+			s.idle = 0
+		case s.idle >= while:
+			let = append(let, s)
+		}
+	}
+	for _, s := range let {
+		p.forget(s)
+	}
+	return let
+}
+
+// isListenedTo tells whether a process listens on an address.
+func (p *pool) isListenedTo(at place) bool {
+	for _, peer := range p.peers {
+		if peer.on[at] {
+			return true
+		}
+	}
+	return p.on[at]
 }

@@ -45,7 +45,6 @@ type (
 	serverReport struct {
 		Err                     string
 		Address                 string
-		Hub                     bool
 		Members, Sockets        int
 		Inherited, Accepted     int
 		OnClose, OnKill         Inheritance
@@ -91,7 +90,7 @@ func serverWorker() {
 	report := func(begin time.Time) {
 		info, s := g.Info(), g.Stats()
 		r := serverReport{Address: g.Addr().String(), Members: info.Members, Sockets: info.Sockets, Inherited: int(s.Inherited), Accepted: int(s.Accepted), OnClose: info.OnClose, OnKill: info.OnKill,
-			Goroutines: runtime.NumGoroutine(), Descriptors: openDescriptors(), Took: time.Since(begin), Hub: isHub(job.Path)}
+			Goroutines: runtime.NumGoroutine(), Descriptors: openDescriptors(), Took: time.Since(begin)}
 		if info.Reason != nil {
 			r.Reason = info.Reason.Error()
 		}
@@ -107,6 +106,8 @@ func serverWorker() {
 			must(g.Listeners()[0].Close())
 		case "files":
 			must(setFileLimit(1024))
+		case "full":
+			must(setFileLimit(openDescriptors())) // nothing more can be opened
 		case "panic":
 			panic("a test says so")
 		case "close":
@@ -119,14 +120,6 @@ func serverWorker() {
 	}
 }
 
-// isHub tells whether this process has the hub of a path.
-func isHub(path string) bool {
-	handoffs.mu.Lock()
-	defer handoffs.mu.Unlock()
-	h := handoffs.m[path]
-	return h != nil && h.isHub()
-}
-
 // eachPooled calls f for every socket that this process has of a handoff's pool.
 func eachPooled(path string, f func(fd int)) {
 	handoffs.mu.Lock()
@@ -137,7 +130,7 @@ func eachPooled(path string, f func(fd int)) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, p := range h.sockets {
+	for _, p := range h.pool.sockets {
 		f(p.d.fd)
 	}
 }

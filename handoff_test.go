@@ -5,7 +5,6 @@ package lblisten
 // The handoff as its user sees it: processes start, end, are killed and stopped.
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"net"
@@ -28,17 +27,17 @@ func TestHandoffExperiment(t *testing.T) {
 	for _, c := range []struct {
 		name      string
 		processes int
-		dead      []int // the first one is the hub
+		dead      []int
 		die       func(s *server)
 	}{
-		{"SIGKILL of the hub, of two", 2, []int{0}, kill},
+		{"SIGKILL of the first, of two", 2, []int{0}, kill},
 		{"SIGKILL of the other", 2, []int{1}, kill},
 		{"SIGTERM", 2, []int{1}, func(s *server) { s.signal(syscall.SIGTERM) }},
 		{"panic", 2, []int{0}, func(s *server) { fmt.Fprintln(s.in, "panic") }},
 		{"close", 2, []int{0}, func(s *server) { s.ask("close"); s.in.Close() }},
-		{"SIGKILL of the hub, of three", 3, []int{0}, kill},
+		{"SIGKILL of the first, of three", 3, []int{0}, kill},
 		{"SIGKILL of two of three", 3, []int{0, 1}, kill},
-		{"SIGKILL of the hub and one more, of eight", 8, []int{0, 5}, kill},
+		{"SIGKILL of two of eight", 8, []int{0, 5}, kill},
 		{"SIGKILL of all but one of eight", 8, []int{0, 1, 2, 3, 4, 5, 6}, kill},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -50,7 +49,6 @@ func TestHandoffExperiment(t *testing.T) {
 					servers[i] = startServer(t, serverJob{Path: path, Address: address, Dispatcher: dispatcher})
 					address = servers[0].Address
 				}
-				require.True(t, servers[0].ask("report").Hub)
 				for _, s := range servers {
 					s.becomes(isHandedOff)
 				}
@@ -163,14 +161,9 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 				s.hear()
 				require.Empty(t, s.Err)
 			}
-			hubs := 0
 			for _, s := range append(servers, first) {
 				s.becomes(isHandedOff)
-				if s.Hub {
-					hubs++
-				}
 			}
-			require.Equal(t, 1, hubs, "the set is split")
 			conns := standing(t, job.Address, count(400, 40))
 			for _, s := range append(servers[1:], first) {
 				s.signal(syscall.SIGKILL)
@@ -190,79 +183,66 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 	})
 }
 
-// A stopped process delays nobody: the others accept and close, listeners join
-// within a second or so, and what waits in the stopped one's queue is served by
-// the others after silentAfter. When it goes on, the set is whole again. The hub
-// is stopped in one case, another process in the other.
+// A stopped process delays nobody: the others accept, close and join within a second
+// or so, and what is queued at the stopped one is served by them. When it goes on, its
+// sockets are its own again.
 func TestHandoffStoppedProcess(t *testing.T) {
 	beside(t)
-	for i, name := range []string{"the hub", "another"} {
-		t.Run(name, func(t *testing.T) {
-			beside(t)
-			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
-				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
-				var servers []*server
-				for range 3 {
-					servers = append(servers, startServer(t, job))
-					job.Address = servers[0].Address
-				}
-				for _, s := range servers {
-					s.becomes(isHandedOff)
-				}
-				stopped, other := servers[i], servers[2]
-				n := count(600, 60)
-				conns := standing(t, job.Address, n)
-				stopped.signal(syscall.SIGSTOP)
-				servers[1-i].ask("accept")
-				other.ask("accept")
-				begin := time.Now()
-				require.Equal(t, n, answered(conns))
-				t.Logf("%d tried, 0 lost; those in the stopped process's queue too were served after %v", n, time.Since(begin))
-				r := other.ask("close one")
-				require.Less(t, r.Took, limit(2*time.Second))
-				newcomer := beginServer(t, job)
-				newcomer.hear()
-				if dispatcher && i == 0 {
-					// Nobody can give it the one socket there is.
-					require.Contains(t, newcomer.Err, "the hub doesn't answer")
-					newcomer = startServer(t, serverJob{Path: job.Path, Address: "127.0.0.1:0"})
-					require.Less(t, newcomer.Took, limit(2*time.Second))
-					newcomer.close()
-					newcomer = other
-				} else {
-					require.Empty(t, newcomer.Err)
-					require.Less(t, newcomer.Took, limit(4*time.Second))
-					newcomer.ask("accept")
-				}
-				more := standing(t, job.Address, n)
-				require.Equal(t, n, answered(more))
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
+		var servers []*server
+		for range 3 {
+			servers = append(servers, startServer(t, job))
+			job.Address = servers[0].Address
+		}
+		for _, s := range servers {
+			s.becomes(isHandedOff)
+		}
+		own := servers[0].Sockets
+		stopped, other := servers[0], servers[2]
+		n := count(600, 60)
+		conns := standing(t, job.Address, n)
+		stopped.signal(syscall.SIGSTOP)
+		servers[1].ask("accept")
+		other.ask("accept")
+		begin := time.Now()
+		require.Equal(t, n, answered(conns))
+		t.Logf("%d tried, 0 lost; those in the stopped process's queue too were served after %v", n, time.Since(begin))
+		r := other.ask("close one")
+		require.Less(t, r.Took, limit(2*time.Second))
+		newcomer := startServer(t, job)
+		require.Less(t, newcomer.Took, limit(4*time.Second))
+		newcomer.ask("accept")
+		more := standing(t, job.Address, n)
+		require.Equal(t, n, answered(more))
 
-				stopped.signal(syscall.SIGCONT)
-				if newcomer != other {
-					servers = append(servers, newcomer)
-				}
-				for _, s := range servers {
-					s.becomes(isHandedOff)
-				}
-				conns = append(conns, more...)
-				for _, c := range conns {
-					c.Close()
-				}
-				stopped.ask("accept")
-				more = standing(t, job.Address, n)
-				require.Equal(t, n, answered(more))
-				for _, s := range servers {
-					r := s.ask("close")
-					require.Less(t, r.Took, limit(2*time.Second))
-				}
-			})
-		})
-	}
+		stopped.signal(syscall.SIGCONT)
+		servers = append(servers, newcomer)
+		for _, s := range servers {
+			s.becomes(isHandedOff)
+		}
+		conns = append(conns, more...)
+		for _, c := range conns {
+			c.Close()
+		}
+		stopped.ask("accept")
+		if !dispatcher { // whoever served its sockets doesn't any more
+			for _, s := range servers[1:] {
+				s.becomes(func(r serverReport) bool { return r.Sockets <= own+1 })
+			}
+		}
+		more = standing(t, job.Address, n)
+		require.Equal(t, n, answered(more))
+		for _, s := range servers {
+			r := s.ask("close")
+			require.Less(t, r.Took, limit(2*time.Second))
+		}
+	})
 }
 
-// One process closes in the instant in which the hub dies: the third one keeps
+// One process closes in the instant in which another dies: the third one keeps
 // everything.
-func TestHandoffHubDiesWhileAnotherCloses(t *testing.T) {
+func TestHandoffOneDiesWhileAnotherCloses(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		for round := range count(30, 4) {
 			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 2, Dispatcher: dispatcher}
@@ -314,60 +294,51 @@ func TestHandoffHubDiesWhileAnotherCloses(t *testing.T) {
 // handoff; how soon is only said, not judged.
 func TestHandoffTimeToInherit(t *testing.T) {
 	beside(t)
-	for _, hub := range []bool{true, false} {
-		t.Run(map[bool]string{true: "the hub is killed", false: "another is killed"}[hub], func(t *testing.T) {
-			beside(t)
-			if os.Geteuid() == 0 {
-				t.Skip("root: TestUnprivileged runs it as another user")
-			}
-			modes[0].need(t)
-			noLeaks(t)
-			var took []time.Duration
-			tried, lost := 0, 0
-			for range count(20, 3) {
-				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 1}
-				a := startServer(t, job)
-				job.Address = a.Address
-				b := startServer(t, job)
-				dead, heir := a, b
-				if !hub {
-					dead, heir = b, a
-				}
-				dead.becomes(isHandedOff)
-				heir.becomes(isHandedOff)
-				heir.ask("accept")
-				conns := standing(t, job.Address, 16)
-				var waiting []net.Conn
-				for _, ch := range hears(conns, 40*time.Millisecond) {
-					if r := <-ch; r.err != nil {
-						waiting = append(waiting, r.c)
-					}
-				}
-				begin := time.Now()
-				dead.signal(syscall.SIGKILL)
-				fastest := time.Hour
-				for _, ch := range hears(waiting, 10*time.Second) {
-					tried++
-					if r := <-ch; r.err != nil {
-						lost++
-					} else {
-						fastest = min(fastest, r.at.Sub(begin))
-					}
-				}
-				if len(waiting) > 0 {
-					took = append(took, fastest)
-				}
-				dead.kill()
-				for _, c := range conns {
-					c.Close()
-				}
-				heir.close()
-			}
-			slices.Sort(took)
-			t.Logf("from the kill to the first answer: %v in the median of %d, %v to %v; %d tried, %d lost", took[len(took)/2], len(took), took[0], took[len(took)-1], tried, lost)
-			require.Zero(t, lost)
-		})
+	if os.Geteuid() == 0 {
+		t.Skip("root: TestUnprivileged runs it as another user")
 	}
+	modes[0].need(t)
+	noLeaks(t)
+	var took []time.Duration
+	tried, lost := 0, 0
+	for range count(40, 6) {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 1}
+		dead := startServer(t, job)
+		job.Address = dead.Address
+		heir := startServer(t, job)
+		dead.becomes(isHandedOff)
+		heir.becomes(isHandedOff)
+		heir.ask("accept")
+		conns := standing(t, job.Address, 16)
+		var queued []net.Conn
+		for _, ch := range hears(conns, 40*time.Millisecond) {
+			if r := <-ch; r.err != nil {
+				queued = append(queued, r.c)
+			}
+		}
+		begin := time.Now()
+		dead.signal(syscall.SIGKILL)
+		fastest := time.Hour
+		for _, ch := range hears(queued, 10*time.Second) {
+			tried++
+			if r := <-ch; r.err != nil {
+				lost++
+			} else {
+				fastest = min(fastest, r.at.Sub(begin))
+			}
+		}
+		if len(queued) > 0 {
+			took = append(took, fastest)
+		}
+		dead.kill()
+		for _, c := range conns {
+			c.Close()
+		}
+		heir.close()
+	}
+	slices.Sort(took)
+	t.Logf("from the kill to the first answer: %v in the median of %d, %v to %v; %d tried, %d lost", took[len(took)/2], len(took), took[0], took[len(took)-1], tried, lost)
+	require.Zero(t, lost)
 }
 
 // Heard is what a client heard, and when.
@@ -498,8 +469,6 @@ func TestHandoffConflicts(t *testing.T) {
 			require.ErrorContains(t, err, want)
 		}
 	}
-	_, err = ListenGroup(context.Background(), "tcp", "127.0.0.1:0", handoffSockets+1, WithHandoff(a))
-	require.ErrorIs(t, err, ErrGroupFull)
 	lower, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer lower.Close()
@@ -512,24 +481,53 @@ func TestHandoffConflicts(t *testing.T) {
 	}
 }
 
-// Without descriptors a process goes on alone, says why, and is one of the set
-// as soon as it has some again.
+// A process that is short of descriptors doesn't take the sockets of another, whose Info
+// says so at once; it takes them when it has descriptors again.
 func TestHandoffOutOfDescriptors(t *testing.T) {
 	beside(t)
 	job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 60}
 	a := startServer(t, job)
-	short := serverJob{Path: job.Path, Address: a.Address, Members: 4, Files: 50}
-	b := startServer(t, short)
-	require.Contains(t, b.Reason, "the handoff "+job.Path)
-	require.False(t, isHandedOff(b.serverReport))
-	b.ask("accept")
-	conns := standing(t, a.Address, 5)
+	b := startServer(t, serverJob{Path: job.Path, Address: a.Address, Members: 4, Files: 50})
+	require.True(t, isHandedOff(b.serverReport), "the other has descriptors: %v", b.Reason)
+	r := a.ask("report")
+	require.False(t, isHandedOff(r))
+	require.Contains(t, r.Reason, "the handoff "+job.Path+": the others don't have every socket of this process: they are short of descriptors")
 	b.ask("files")
-	b.becomes(isHandedOff)
+	b.ask("accept")
 	a.becomes(isHandedOff)
-	conns = append(conns, standing(t, a.Address, count(200, 50))...)
+	conns := standing(t, a.Address, count(200, 50))
 	a.kill()
 	require.Equal(t, len(conns), answered(conns))
+}
+
+// A process that has no descriptor left can be taken over from, whether the other one
+// was there before or comes then.
+func TestHandoffFromAProcessWithoutDescriptors(t *testing.T) {
+	beside(t)
+	for _, before := range []bool{true, false} {
+		t.Run(map[bool]string{true: "full when there are two", false: "full before the other comes"}[before], func(t *testing.T) {
+			beside(t)
+			inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+				job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 2, Dispatcher: dispatcher}
+				full := startServer(t, job)
+				job.Address = full.Address
+				var other *server
+				if before {
+					other = startServer(t, job)
+				}
+				full.ask("full")
+				n := count(100, 20)
+				conns := standing(t, job.Address, n)
+				if !before {
+					other = startServer(t, job)
+				}
+				full.becomes(isHandedOff)
+				full.kill()
+				other.ask("accept")
+				require.Equal(t, n, answered(conns))
+			})
+		})
+	}
 }
 
 // The logger hears of deposits, adoptions and inheritances.
@@ -553,33 +551,13 @@ func TestHandoffLog(t *testing.T) {
 	path := handoffPath(t)
 	_, ls := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithHandoff(path), WithLogger(logger))
 	require.True(t, says("a socket is deposited")())
-	require.True(t, says("this process is the hub")())
 	b := startServer(t, serverJob{Path: path, Address: ls[0].Addr().String(), Members: 1})
+	require.Eventually(t, says("a process joined the handoff"), limit(5*time.Second), time.Millisecond)
 	b.kill()
+	require.Eventually(t, says("a process left the handoff"), limit(5*time.Second), time.Millisecond)
 	require.Eventually(t, says("this process serves a socket that nobody else is known to accept from"), limit(5*time.Second), time.Millisecond)
 	require.NoError(t, joinTest(t, ls[0], WithHandoff(path), WithLogger(logger)).Close())
 	require.True(t, says("a new member adopted the socket")())
 	require.True(t, says("members left, siblings have their sockets")())
 	require.True(t, says("address="+ls[0].Addr().String())())
-}
-
-// A socket that the hub refuses isn't said to be deposited.
-func TestHandoffLogOfARefusal(t *testing.T) {
-	modes[0].need(t)
-	noLeaks(t)
-	t.Cleanup(set(&handoffMost, 1)) // when the hub has ended
-	var mu sync.Mutex
-	lines := map[string]int{}
-	logger := slog.New(slog.NewTextHandler(writerFunc(func(b []byte) (int, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		for _, what := range []string{"a socket is deposited", "a socket is not deposited yet", "the hub refuses it"} {
-			lines[what] += strings.Count(string(b), what)
-		}
-		return len(b), nil
-	}), &slog.HandlerOptions{Level: slog.LevelDebug}))
-	newTestGroup(t, 3, "tcp4", "127.0.0.1:0", WithHandoff(handoffPath(t)), WithLogger(logger))
-	mu.Lock()
-	defer mu.Unlock()
-	require.Equal(t, map[string]int{"a socket is deposited": 1, "a socket is not deposited yet": 2, "the hub refuses it": 2}, lines)
 }

@@ -2,32 +2,24 @@
 
 package lblisten
 
-// Handoff: processes that name the same path hold duplicates of each other's
-// listening sockets. Here is what the groups of a process ask of the handoff: to
-// enter it and leave it, to deposit a socket in its pool before it is bound, to
-// claim one for a member, and what would become of the sockets. How the other
-// processes are told isn't known here (that is the link, handoff_link_unix.go, to
-// the hub of them all, handoff_hub_unix.go), nor which sockets of the others are
-// shared with a group (the pool, handoff_pool_unix.go, and share in inherit.go).
+// Handoff: processes that name one directory hold duplicates of each other's listening
+// sockets. Here is what the addresses of a process ask of it: to enter and leave, to
+// deposit a socket before it is bound, to claim one for a member, and what would become
+// of the sockets; and apply, which shares with an address what nobody else serves. How
+// the others are told is in handoff_link_unix.go, what each knows in
+// handoff_pool_unix.go, what an address does with a socket that it shares in inherit.go.
 //
-// One rule covers every end of another process: a socket of the pool is left
-// alone only while a hub that lives says that a process that lives accepts from
-// it. Without a hub, because it died or is stopped, everybody serves
-// everything. Accepting twice from one socket is harmless, so nothing depends
-// on who is right about who owns it.
-//
-// No lock is held over an exchange. The order of locks is handoff.applying,
-// group.mu, handoff.mu, wire.mu; hub.mu also comes before wire.mu, and is never
-// taken together with the others.
+// The order of locks is handoff.applying, address.mu, handoff.mu, link.mu. Nothing
+// waits, and nothing of the user's is called, under the last three.
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -36,69 +28,86 @@ const canHandoff = true
 
 // handoffs has the handoffs of this process by path.
 var handoffs = struct {
-	mu sync.Mutex // guards m, and refs of each; nothing else is locked or waited for under it
+	mu sync.Mutex // guards m, and refs of each; nothing is waited for under it
 	m  map[string]*handoff
 }{m: make(map[string]*handoff)}
 
-// A handoff is this process in the set of a path.
+// A handoff is this process as one of a directory.
 type handoff struct {
-	path    string
-	process processID
-	log     *slog.Logger // of who asked for it first
-	refs    int          // groups; guarded by handoffs.mu
-	quit    context.Context
-	stop    context.CancelFunc  // of quit
-	ended   chan struct{}       // closed when everything is closed
-	changed chan struct{}       // something in the pool changed; holds one
-	own     atomic.Pointer[hub] // in this process, now or before
+	path   string
+	id     id
+	log    *slog.Logger // of who asked for it first
+	refs   int          // addresses and keepers; guarded by handoffs.mu
+	opened chan struct{}
+	err    error // why it couldn't be; for whoever has seen opened closed
+	quit   context.Context
+	stop   context.CancelFunc
+	wg     sync.WaitGroup // of all its goroutines but those that write the log
+	poked  chan struct{}  // has run look; holds one
 
-	// applying orders changes of what groups share. It is held while sockets are
-	// opened, shared and taken back, so it comes before group.mu and mu.
-	applying sync.Mutex
+	changed time.Time // when the directory was changed last; run's
+	looks   int       // to be taken at it; run's
 
-	// mu guards what follows, and of each pooled what changes. It comes after
-	// group.mu. Nothing waits and nothing is logged under it, and only wire.mu is
-	// taken. Functions that end in Locked are called with it, if they name no other.
-	mu        sync.Mutex
-	w         *wire // to the hub; nil without one
-	hub       processID
-	synced    bool // the hub has told everything
-	alone     bool // the hub was lost, and no other has told everything yet
-	lost      time.Time
-	why       error         // why it is not synced
-	turn      chan struct{} // closed when synced, w or why changes
-	sockets   map[socketID]*pooled
-	dropped   []*pooled // that were shared, and have to be taken back
-	addresses map[place]*address
-	peers     map[place]int // processes that listen there, this one included
-	answers   map[uint32]func(ok, answered bool)
+	applying sync.Mutex // held over all of apply
+
+	mu        sync.Mutex // guards what follows, and all of the pool
+	pool      pool
+	turn      chan struct{} // closed and made anew when something has changed
+	ln        *net.UnixListener
+	file      fileKey      // of ln
+	reserve   *descriptor  // held for peers; see takeReserveLocked
+	space     uint64       // the network namespace of this process, 0 if it isn't known
+	conns     int          // links, and those that are about to be
+	links     map[id]*link // by the other process
+	dialing   map[id]*link
+	strangers map[id]error // in the directory, and not to be dialled: why
+	foreign   error        // one that doesn't let this process in
+	settled   bool         // join is over
+	retry     bool         // somebody couldn't be dialled for now
+	why       error        // this process isn't to be found; nil if it is
+	questions map[uint32]*question
 	lastN     uint32
+	addresses map[place]*address
+	keepers   int           // calls of Keep
+	keepFor   time.Duration // how long those keep an address without processes; 0 for ever
+	notes     []note        // for the log
+	logging   bool          // somebody writes them
 }
 
-// openHandoff returns the handoff of a path, and a use of it.
+// openHandoff returns the handoff of a path, and a use of it. The first one of a
+// process waits until the others have told what they have, exchangeTime at the most.
 func openHandoff(path string, log *slog.Logger) (*handoff, error) {
-	path, err := checkHandoffPath(path)
-	if err != nil {
-		return nil, fmt.Errorf("WithHandoff: %w", err)
+	if err := checkHandoffPath(path); err != nil {
+		return nil, err
 	}
 	handoffs.mu.Lock()
-	defer handoffs.mu.Unlock()
 	h := handoffs.m[path]
-	if h == nil {
+	isNew := h == nil
+	if isNew {
 		h = newHandoff(path, log)
 		handoffs.m[path] = h
 	}
 	h.refs++
+	handoffs.mu.Unlock()
+	if isNew {
+		h.err = h.join()
+		h.wg.Add(1)
+		go h.run()
+		close(h.opened)
+	}
+	<-h.opened
+	if h.err != nil {
+		h.close()
+		return nil, h.err
+	}
 	return h, nil
 }
 
 func newHandoff(path string, log *slog.Logger) *handoff {
-	h := &handoff{path: path, process: newID(), log: log, lost: time.Now(), why: errors.New("the hub has not answered yet"),
-		ended: make(chan struct{}), changed: make(chan struct{}, 1), turn: make(chan struct{}),
-		sockets: make(map[socketID]*pooled), addresses: make(map[place]*address), peers: make(map[place]int),
-		answers: make(map[uint32]func(ok, answered bool))}
+	h := &handoff{path: path, id: newID(), log: log, opened: make(chan struct{}), poked: make(chan struct{}, 1), turn: make(chan struct{}),
+		links: make(map[id]*link), dialing: make(map[id]*link), strangers: make(map[id]error), questions: make(map[uint32]*question), addresses: make(map[place]*address)}
 	h.quit, h.stop = context.WithCancel(context.Background())
-	go h.run()
+	h.pool = newPool(h.id, h.hasRoom)
 	return h
 }
 
@@ -107,36 +116,64 @@ func (h *handoff) close() {
 	handoffs.mu.Lock()
 	h.refs--
 	last := h.refs == 0
-	if last {
+	if last && handoffs.m[h.path] == h {
 		delete(handoffs.m, h.path)
 	}
 	handoffs.mu.Unlock()
-	if last {
-		h.end()
+	if !last {
+		return
 	}
-}
-
-func (h *handoff) end() {
 	h.stop()
-	<-h.ended
+	h.mu.Lock()
+	if h.ln != nil {
+		if h.file != (fileKey{}) && fileKeyAt(h.name()) == h.file {
+			os.Remove(h.name())
+		}
+		h.ln.Close()
+	}
+	h.mu.Unlock()
+	h.wg.Wait()
+	h.reserve.release()
+	for _, s := range h.pool.sockets {
+		s.d.release()
+	}
+	h.pool.sockets = nil
 }
 
-// enter puts a group into the pool: from here on it shares what nobody accepts
-// from, and its processes know of each other. It waits until the hub has told
-// everything, but not for long. It is called with the turn, as are leave, deposit and
-// find.
-func (h *handoff) enter(ctx context.Context, a *address) {
+// hasRoom tells whether descriptors are left for the sockets of others.
+func (h *handoff) hasRoom() bool {
+	if h.reserve == nil {
+		return false
+	}
+	d, err := duplicate(uintptr(h.reserve.fd))
+	if err != nil {
+		return false
+	}
+	defer d.release()
+	coming := 0
+	for _, peer := range h.pool.peers {
+		coming += len(peer.wants)
+	}
+	return !isScarce(d.fd + coming)
+}
+
+// enter puts an address into the handoff: from here on it shares what nobody else
+// serves, and its processes know of each other. It is called with the turn, as are
+// leave, deposit and find.
+func (h *handoff) enter(a *address) {
 	h.mu.Lock()
 	h.addresses[a.at] = a
-	h.mu.Unlock()
-	if _, err := h.exchange(ctx, frame{kind: frameOn, at: a.at}); err != nil {
-		a.note(a.log, trouble, "the handoff goes on in the background", "path", h.path, "reason", err)
+	h.pool.on[a.at] = true
+	h.tellLocked(frame{kind: frameOn, at: a.at})
+	if h.why != nil {
+		a.note(a.log, trouble, "the handoff goes on in the background", "path", h.path, "reason", h.why)
 	}
-	a.notes = append(a.notes, h.apply()...)
+	h.mu.Unlock()
+	h.apply()
 }
 
-// leave takes a group that ends out of the pool: its sockets are anybody's. It
-// returns true if another process listens on its address.
+// leave takes an address that ends out of the handoff: its sockets are anybody's. It
+// returns when others have taken over or let go, and tells whether others have.
 func (h *handoff) leave(a *address) (others bool) {
 	h.mu.Lock()
 	if h.addresses[a.at] != a {
@@ -144,122 +181,161 @@ func (h *handoff) leave(a *address) (others bool) {
 		return false
 	}
 	delete(h.addresses, a.at)
-	for _, p := range h.sockets {
-		if p.at == a.at {
-			p.disownLocked()
-			p.unshareLocked()
+	delete(h.pool.on, a.at)
+	for _, s := range h.pool.sockets {
+		if s.at == a.at {
+			s.left = s.left || s.mine
+			s.mine, s.shared = false, false
 		}
 	}
 	h.mu.Unlock()
-	others, err := h.exchange(context.Background(), frame{kind: frameOff, at: a.at})
-	if err != nil {
-		// A hub that is slow to answer believes what it was told when it was greeted.
-		h.mu.Lock()
-		if h.w != nil {
-			h.w.send(frame{kind: frameOff, at: a.at}, nil)
+	q, _ := h.ask(context.Background(), frame{kind: frameOff, at: a.at})
+	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 }) // one that has just died
+	h.mu.Lock()
+	others = q.yes > 0 || h.pool.keeper
+	for _, s := range h.pool.sockets {
+		if s.at == a.at && !others && h.pool.isOrphan(s) {
+			h.pool.forget(s)
 		}
-		h.mu.Unlock()
-		a.note(a.log, trouble, "nobody could be told that this process leaves its sockets", "path", h.path, "address", a.at, "reason", err)
-		return true // who knows
 	}
-	if others {
+	if !others && (h.pool.unheard > 0 || h.pool.others(a.at)) {
+		others = true // who knows: somebody doesn't answer
+		a.note(a.log, trouble, "nobody has confirmed that it takes over the sockets of this process", "path", h.path, "address", a.at)
+	} else if others {
 		a.note(a.log, news, "other processes inherit the sockets of this one", "path", h.path, "address", a.at)
 	}
+	h.mu.Unlock()
+	h.apply()
 	return others
 }
 
-// deposit puts a new socket into the pool, before it is bound, and returns when
-// the others have it, or can't be waited for. The error is one of this process.
+// deposit puts a new socket into the pool, before it is bound, and returns when the
+// others have it, or can't be waited for. The error is one of this process.
 func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at place) (*pooled, error) {
-	p := &pooled{id: newID(), at: a.at, sub: at.network, balanced: a.d == nil, kept: make(chan struct{})}
-	if p.balanced {
-		p.ownLocked() // nobody else knows of it yet
-	}
-	kept := p.kept
-	err := control(c, func(fd uintptr) (err error) { p.d, err = duplicate(fd); return err })
+	s := &pooled{id: newID(), at: a.at, sub: at.network, balanced: a.d == nil, mine: true}
+	err := control(c, func(fd uintptr) (err error) { s.d, err = duplicate(fd); return err })
 	if err != nil {
 		return nil, err
 	}
 	h.mu.Lock()
-	h.sockets[p.id] = p
-	if h.w != nil {
-		h.giveLocked(p)
-	}
+	h.pool.add(s)
+	f := s.frame(frameHas)
 	h.mu.Unlock()
-	err = h.await(ctx, kept)
-	h.mu.Lock()
-	if err == nil && !p.isKept {
-		err = fmt.Errorf("the hub refuses it: it takes %d of a process, while it has descriptors to spare", handoffMost)
+	if _, err = h.ask(ctx, f); err != nil {
+		h.withdraw(s)
+		return nil, err
 	}
-	h.mu.Unlock()
-	if err != nil {
-		a.note(a.log, trouble, "a socket is not deposited yet", "path", h.path, "address", a.at, "reason", err)
-	} else {
-		a.note(a.log, routine, "a socket is deposited", "path", h.path, "address", a.at)
-	}
-	return p, nil
-}
-
-// bound tells the address of a socket whose port the system chose.
-func (h *handoff) bound(p *pooled, at place) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if p.at != at {
-		p.at = at
-		if h.w != nil {
-			h.w.send(frame{kind: frameBound, id: p.id, at: at}, nil)
+	for x := range h.pool.peers {
+		if s.who[x] == 0 {
+			a.note(a.log, trouble, "a process doesn't take a socket of this one", "path", h.path, "address", a.at, "process", x)
 		}
 	}
+	a.note(a.log, routine, "a socket is deposited", "path", h.path, "address", a.at, "with", len(s.who))
+	return s, nil
 }
 
-// withdraw takes a socket that never listened out of the pool.
-func (h *handoff) withdraw(p *pooled) {
+// bound tells that a socket listens, on which address and with which file.
+func (h *handoff) bound(s *pooled, at place, file fileKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.sockets[p.id] != p {
-		return
-	}
-	h.forgetLocked(p)
-	if h.w != nil {
-		h.w.send(frame{kind: frameDrop, id: p.id}, nil)
-	}
+	s.at, s.file, s.bound = at, file, true
+	h.tellLocked(s.frame(frameBound))
 }
 
-// claim asks for a socket that this process shares, for a member that is to
-// accept from it. It returns false if another process has it, or nobody can be
-// asked: without a hub everybody shares everything, and what is owned isn't known.
-func (h *handoff) claim(ctx context.Context, p *pooled) bool {
+// withdraw takes a socket that nobody needs any more out of the pool.
+func (h *handoff) withdraw(s *pooled) {
 	h.mu.Lock()
-	mine := p.role == roleOwned
+	s.mine, s.shared = false, false
+	h.pool.forget(s)
+	h.tellLocked(s.frame(frameDrop))
 	h.mu.Unlock()
-	if mine {
-		return true
-	}
-	ok, err := h.exchange(ctx, frame{kind: frameOwner, flags: flagMine, id: p.id})
-	if err != nil {
-		h.giveBack(p) // the answer may only be late
-	}
-	if err != nil || !ok {
-		return false
-	}
+	h.apply()
+}
+
+// isOwned tells whether another process that is there accepts from a socket.
+func (h *handoff) isOwned(s *pooled) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.sockets[p.id] != p {
+	return h.pool.isOwned(s)
+}
+
+// letShare notes that the address of a socket shares it from here on, as any process
+// does: it was the dispatcher's.
+func (h *handoff) letShare(s *pooled) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.mine, s.shared = false, true
+	h.tellLocked(s.frame(frameRelease))
+}
+
+// claim asks for a socket that this process shares, for a member that is to accept
+// from it. It returns false if another process has it, or may have.
+func (h *handoff) claim(ctx context.Context, s *pooled) bool {
+	h.mu.Lock()
+	mine, may := s.mine, h.pool.sockets[s.id] == s && h.pool.isOrphan(s) && !s.claimed
+	s.claimed = s.claimed || may
+	h.mu.Unlock()
+	if mine || !may {
+		return mine
+	}
+	q, err := h.ask(ctx, frame{kind: frameClaim, id: s.id})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.claimed = false
+	if err != nil || q.no > 0 || h.pool.sockets[s.id] != s || !h.pool.isOrphan(s) {
 		return false
 	}
-	p.ownLocked()
+	h.ownLocked(s)
 	return true
 }
 
+// ownLocked notes and tells that this process accepts from a socket.
+func (h *handoff) ownLocked(s *pooled) {
+	s.mine, s.shared, s.left = true, false, false
+	h.tellLocked(s.frame(frameHas))
+}
+
 // giveBack undoes a claim.
-func (h *handoff) giveBack(p *pooled) {
+func (h *handoff) giveBack(s *pooled) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	p.disownLocked()
-	if h.w != nil {
-		h.w.send(frame{kind: frameOwner, id: p.id}, nil)
+	s.mine, s.left = false, true
+	h.tellLocked(s.frame(frameRelease))
+	h.mu.Unlock()
+	h.apply()
+}
+
+// find returns the dispatcher's socket of an address, if there is one in the pool that
+// clients reach. It is called with the turn.
+func (h *handoff) find(a *address) (*socket, error) {
+	file := lookAtFile(a.at)
+	h.applying.Lock() // nobody shares it meanwhile
+	defer h.applying.Unlock()
+	h.mu.Lock()
+	var s *pooled
+	for _, x := range h.pool.sockets {
+		if x.at == a.at && !x.balanced && x.bound && !x.mine && x.checked && (!a.at.isFile() || file != (fileKey{}) && (x.file == file || x.file == (fileKey{}))) {
+			s = x
+		}
 	}
-	h.change()
+	if s == nil {
+		h.mu.Unlock()
+		return nil, nil
+	}
+	shared := s.shared
+	h.ownLocked(s)
+	h.mu.Unlock()
+	if shared {
+		a.takeBack(s)
+	}
+	sock, err := h.open(s, a)
+	if err != nil {
+		h.mu.Lock()
+		s.mine = false // the next look shares it again
+		h.mu.Unlock()
+	}
+	return sock, err
 }
 
 // state tells whether another process would take over what this one leaves on an
@@ -267,57 +343,165 @@ func (h *handoff) giveBack(p *pooled) {
 func (h *handoff) state(at place) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.synced {
-		return fmt.Errorf("the handoff %s: %w", h.path, h.why)
+	why := errors.New("no other process listens on the address, and no keeper runs: start a second one, or lbkeep " + h.path)
+	for _, err := range h.strangers {
+		why = err
 	}
-	if h.peers[at] < 2 {
-		return fmt.Errorf("the handoff %s: no other process listens on the address", h.path)
+	if len(h.dialing) > 0 {
+		why = errors.New("a process doesn't answer; is it stopped?")
 	}
-	for _, p := range h.sockets {
-		if p.at == at && (p.role == roleOwned || !p.balanced) && !p.isKept {
-			return fmt.Errorf("the handoff %s: the others don't have every socket of this process (they take %d)", h.path, handoffSockets)
+	for x, peer := range h.pool.peers {
+		switch {
+		case !peer.on[at] && !peer.keeper:
+		case peer.silent:
+			why = fmt.Errorf("process %v doesn't answer; is it stopped?", x)
+		case !h.pool.holdsAll(x, at):
+			why = errors.New("the others don't have every socket of this process: they are short of descriptors")
+		default:
+			return nil
 		}
 	}
-	return nil
+	if h.why != nil {
+		why = h.why
+	}
+	return fmt.Errorf("the handoff %s: %w", h.path, why)
 }
 
-// find returns the dispatcher's socket of an address if there is one in the
-// pool.
-func (h *handoff) find(a *address) (*socket, error) {
+// A step is a socket that an address is to share, or to take back.
+type step struct {
+	s *pooled
+	a *address
+}
+
+// apply shares with each address what it is to serve, and takes back what another
+// process serves again. It compares what should be with what is, so it can be called
+// at any time.
+func (h *handoff) apply() {
+	h.applying.Lock()
+	defer h.applying.Unlock()
+	share, back := h.steps()
+	for _, x := range back {
+		x.a.takeBack(x.s)
+	}
+	for _, x := range share {
+		h.share(x.s, x.a)
+		x.s.d.release()
+	}
+}
+
+// steps returns what is to be done, with a use of each descriptor that is to be
+// shared, and closes what was dropped.
+func (h *handoff) steps() (share, back []step) {
 	h.mu.Lock()
-	var found *pooled
-	for _, p := range h.sockets {
-		if p.at == a.at && !p.balanced && p.role != roleRefused && listens(p.d) {
-			found = p
-			p.d.hold()
-			break
+	defer h.mu.Unlock()
+	for _, s := range h.pool.sockets {
+		if !s.bound && !h.pool.isOwned(s) {
+			// Its process has died before it told that it listens, or before it did.
+			if s.bound = !s.at.isNew() && listens(s.d.fd); !s.bound {
+				h.pool.forget(s)
+				continue
+			}
+		}
+		a := h.addresses[s.at]
+		if a == nil || s.mine || !s.bound || s.balanced != (a.d == nil) {
+			continue
+		}
+		if !s.checked {
+			if err := checkBalanced(s, a.at); err != nil {
+				h.sayLocked(a.log, trouble, "a socket of the handoff can't be used", "path", h.path, "address", a.at, "reason", err)
+				h.pool.forget(s)
+				h.tellLocked(frame{kind: frameAnswer, id: s.id})
+				continue
+			}
+			s.checked = true
+		}
+		switch free := h.pool.isFree(s); {
+		case free && !s.shared:
+			s.shared = true
+			s.d.hold()
+			share = append(share, step{s, a})
+		case !free && s.shared:
+			s.shared = false
+			back = append(back, step{s, a})
 		}
 	}
-	h.mu.Unlock()
-	if found == nil {
-		return nil, nil
+	for _, s := range h.pool.dropped {
+		if a := h.addresses[s.at]; s.shared && a != nil {
+			back = append(back, step{s, a})
+		}
+		s.shared = false
+		s.d.release()
 	}
-	defer found.d.release()
-	err := checkSocket(found, a)
-	if err == nil && a.at.isFile() {
-		_, err = os.Lstat(a.at.host)
+	h.pool.dropped = nil
+	for _, f := range h.pool.askAgain() {
+		h.tellLocked(f)
 	}
-	if err != nil {
-		h.mu.Lock()
-		found.refuseLocked()
-		h.mu.Unlock()
-		a.note(a.log, trouble, "a socket of the handoff can't be used", "path", h.path, "address", a.at, "reason", err)
-		return nil, nil
+	return share, back
+}
+
+// checkBalanced checks that a socket of the pool is what it is said to be.
+func checkBalanced(s *pooled, at place) error {
+	if s.balanced && !isBalanced(uintptr(s.d.fd)) {
+		return errors.New("a socket that the kernel doesn't balance")
 	}
-	ln, err := listenerOf(found.d)
+	return checkListening(s.d.fd, at, s.sub)
+}
+
+// share has an address share a socket.
+func (h *handoff) share(s *pooled, a *address) {
+	sock, err := h.open(s, a)
+	if err == nil && !a.inherit(sock) {
+		sock.ln.Close() // the address ends, and leaves the handoff
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err == nil {
+		h.sayLocked(a.log, news, "this process serves a socket that nobody else is known to accept from", "path", h.path, "address", a.at)
+		return
+	}
+	s.shared = false // the next look tries again
+	h.sayLocked(a.log, trouble, "a socket of the handoff can't be served for now", "path", h.path, "address", a.at, "reason", err)
+}
+
+// open makes a listening socket of an address out of one of the pool.
+func (h *handoff) open(s *pooled, a *address) (*socket, error) {
+	ln, err := listenerOf(s.d)
 	if err != nil {
 		return nil, err
 	}
-	s, err := newSocket(ln, a.at.network, nil)
+	sock, err := newSocket(ln, s.sub, s)
 	if err != nil {
 		ln.Close()
 		return nil, err
 	}
-	s.received, s.file = true, lookAtFile(a.at)
-	return s, nil
+	sock.received, sock.file = true, s.file
+	return sock, nil
+}
+
+// sayLocked has a line written to the log, by a goroutine of its own: whoever calls it
+// can't wait for a Handler, which is the user's.
+func (h *handoff) sayLocked(l *slog.Logger, level slog.Level, msg string, args ...any) {
+	if l == nil {
+		return
+	}
+	h.notes = append(h.notes, func() { log(l, level, msg, args...) })
+	if !h.logging {
+		h.logging = true
+		go h.writeNotes()
+	}
+}
+
+func (h *handoff) writeNotes() {
+	for {
+		h.mu.Lock()
+		notes := h.notes
+		h.notes = nil
+		h.logging = notes != nil
+		h.mu.Unlock()
+		if notes == nil {
+			return
+		}
+		writeNotes(notes)
+	}
 }

@@ -2,91 +2,107 @@
 
 package lblisten
 
-// What the processes of a handoff say to each other, and how: frames on a unix
-// stream socket, some of which bring one descriptor. Nothing here knows what
-// they mean; that is in handoff_link_unix.go (a process) and
-// handoff_hubpool_unix.go (the hub). What is needed to pass a descriptor on is here
-// too; whether it is the right one isn't (handoff_pool_unix.go).
+// What the processes of a handoff say to each other, as bytes on a unix stream socket.
+// Nothing here knows what it means: that is in handoff_pool_unix.go.
 //
 // A frame is
 //
 //	length  uint16, of the rest
 //	kind    uint8
 //	flags   uint8
-//	n       uint32
-//	id      [16]byte, of a socket
-//	process [16]byte
+//	n       uint32, a question, or the versions in a hello
+//	id      [8]byte, of a socket, or of a process in a hello
+//	dev     uint64, and
+//	ino     uint64: the file of a unix socket
 //	port    uint16
 //	space   uint64, a network namespace
 //	device  int32, the index of an interface
 //	network, sub, host: strings of up to 255 bytes, each after its length in a byte
 //
-// in big endian. What follows in the length is ignored, and so is a frame of a
-// kind that isn't known: that is room for later versions. A process speaks the
-// last two versions, because a handoff matters most during an upgrade; so far
-// there is one.
+// in big endian. What follows in the length is ignored, and so is a frame of a kind
+// that isn't known: that is room for later versions. A process speaks the last two
+// versions, because a handoff matters most during an upgrade; so far there is one.
 
 import (
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
+// The versions of the protocol that are spoken.
+const handoffLowest, handoffHighest = 1, 1
+
 const (
-	frameHello  = iota + 1 // to the hub: n is the lowest version <<16 and the highest; back: the one to speak
-	frameHas               // to the hub: I hold this socket already
-	frameSynced            // to the hub: that is all I hold, and I knew n processes; back: you know everything
-	frameWant              // from the hub: send me this socket
-	frameSocket            // with a descriptor. To the hub: keep it, pass it on; from it: keep it. Wants an answer if n isn't 0
-	frameOwner             // to the hub: I want to accept from it, or not any more; from it: process does, or nobody if that is zero
-	frameDrop              // to the hub: it never listened; from it: forget it
-	frameBound             // both: the address of a socket, which wasn't known before
-	frameOn                // to the hub: I listen on the address
-	frameOff               // to the hub: I don't any more, others may have its sockets; the answer is OK if others listen
-	framePeers             // from the hub: n processes listen on the address, and hold all its sockets
-	frameReply             // both: the answer to n
-	frameBeat              // both: I live
+	frameHello   = iota + 1 // who I am; the first frame of both
+	frameOn                 // I listen on the address
+	frameOff                // n: I don't any more. OK if the other serves or keeps its sockets
+	frameHas                // n: I hold the socket. The other wants it, or answers
+	frameWant               // n: send me the socket
+	frameSocket             // n: the socket, with a descriptor. The other answers
+	frameDrop               // I don't hold the socket any more
+	frameBound              // the socket listens, on this address, with this file
+	frameClaim              // n: I want to accept from the socket. OK if the other knows nobody who does
+	frameRelease            // I don't accept from the socket any more
+	frameKeeper             // I keep sockets when nobody is left on their address, or not any more
+	frameAsk                // n: are you there?
+	frameTell               // tell me all that you hold
+	frameSynced             // that is all
+	frameAnswer             // n, of a question; of a socket, if it is named: I hold it, or I don't
 )
 
 const (
 	flagOK       = 1 << iota // in an answer
 	flagBalanced             // the socket is one of the kernel's group
 	flagMine                 // the sender accepts from the socket
+	flagLeft                 // the sender knows that its last owner is gone
+	flagBound                // it listens
+	flagKeeper               // the sender is a keeper
+	flagSettled              // its first Listen has joined the handoff
+	flagObserver             // it only looks
 )
 
 // helloName is in the network field of a hello.
 const helloName = "lblisten"
 
-type (
-	socketID  [16]byte
-	processID [16]byte
-)
+// An id is a random name, of a process or a socket.
+type id [8]byte
 
-func newID() (id [16]byte) {
-	rand.Read(id[:]) // never fails: from Go 1.24 it says so, before that it is /dev/urandom
-	return id
+func newID() (x id) {
+	rand.Read(x[:]) // never fails: from Go 1.24 it says so, before that it is /dev/urandom
+	return x
 }
+
+// String is the name of a process's file.
+func (x id) String() string { return hex.EncodeToString(x[:]) }
+
+func parseID(name string) (x id, ok bool) {
+	b, err := hex.DecodeString(name)
+	if err != nil || len(b) != len(x) || hex.EncodeToString(b) != name {
+		return x, false
+	}
+	return id(b), true
+}
+
+func (x id) less(y id) bool { return string(x[:]) < string(y[:]) }
 
 type frame struct {
 	kind, flags byte
 	n           uint32
-	id          socketID
-	process     processID
-	at          place  // the address of a group
+	id          id
+	file        fileKey
+	at          place  // the address
 	sub         string // the network of the socket, where a member has two
 }
 
 const (
-	frameFixed = 1 + 1 + 4 + 16 + 16 + 2 + 8 + 4
+	frameFixed = 1 + 1 + 4 + 8 + 8 + 8 + 2 + 8 + 4
 	frameMost  = 2 + frameFixed + 3*(1+255)
 )
 
@@ -98,7 +114,8 @@ func (f *frame) append(b []byte) []byte {
 	b = append(b, 0, 0, f.kind, f.flags)
 	b = binary.BigEndian.AppendUint32(b, f.n)
 	b = append(b, f.id[:]...)
-	b = append(b, f.process[:]...)
+	b = binary.BigEndian.AppendUint64(b, f.file.dev)
+	b = binary.BigEndian.AppendUint64(b, f.file.ino)
 	b = binary.BigEndian.AppendUint16(b, uint16(f.at.port))
 	b = binary.BigEndian.AppendUint64(b, f.at.space)
 	b = binary.BigEndian.AppendUint32(b, uint32(f.at.device))
@@ -124,11 +141,11 @@ func decodeFrame(b []byte) (f frame, n int, err error) {
 		return f, 0, nil
 	}
 	b = b[2 : 2+length]
-	f.kind, f.flags, f.n = b[0], b[1], binary.BigEndian.Uint32(b[2:])
-	f.id, f.process = socketID(b[6:22]), processID(b[22:38])
-	f.at.port = int(binary.BigEndian.Uint16(b[38:]))
-	f.at.space = binary.BigEndian.Uint64(b[40:])
-	f.at.device = int(int32(binary.BigEndian.Uint32(b[48:])))
+	f.kind, f.flags, f.n, f.id = b[0], b[1], binary.BigEndian.Uint32(b[2:]), id(b[6:14])
+	f.file = fileKey{binary.BigEndian.Uint64(b[14:]), binary.BigEndian.Uint64(b[22:])}
+	f.at.port = int(binary.BigEndian.Uint16(b[30:]))
+	f.at.space = binary.BigEndian.Uint64(b[32:])
+	f.at.device = int(int32(binary.BigEndian.Uint32(b[40:])))
 	b = b[frameFixed:]
 	for _, s := range []*string{&f.at.network, &f.sub, &f.at.host} {
 		if len(b) < 1 || len(b) < 1+int(b[0]) {
@@ -140,251 +157,82 @@ func decodeFrame(b []byte) (f frame, n int, err error) {
 	return f, 2 + length, nil
 }
 
-// A descriptor is a raw file descriptor that is closed with its last use. It is
-// no *os.File, because that would have the runtime's poller wait on it.
-type descriptor struct {
-	fd   int
-	refs atomic.Int32
-}
-
-func newDescriptor(fd int) *descriptor {
-	d := &descriptor{fd: fd}
-	d.refs.Store(1)
-	return d
-}
-
-func (d *descriptor) hold() *descriptor {
-	d.refs.Add(1)
-	return d
-}
-
-func (d *descriptor) release() {
-	if d.refs.Add(-1) == 0 {
-		unix.Close(d.fd)
-	}
-}
-
-var (
-	// silentAfter is how long a process may be silent before the others take it
-	// for gone. It says something every beatEvery.
-	silentAfter = 3 * time.Second
-	beatEvery   = time.Second
-
-	// exchangeTime is the most that an exchange with other processes takes.
-	exchangeTime = time.Second
-)
-
-const (
-	// messageDescriptors is the most descriptors that one message may bring. The
-	// package sends one.
-	messageDescriptors = 64
-
-	// lastWords is how long a wire that is closed may take to write what is queued.
-	lastWords = 50 * time.Millisecond
-
-	queuedFrames = 1 << 16
-)
-
-// A wire is a connection between two processes of a handoff. Its reader is who
-// calls read; writing is the goroutine's that newWire starts, so that send never
-// blocks.
-type wire struct {
-	c *net.UnixConn
-
-	in  []byte // not decoded yet
-	fds []int  // that no frame has taken yet
-
-	// mu guards queue and closed, and is held while a deadline for writing is set,
-	// so that the one of close stays. No other lock is taken under it, nothing waits.
-	mu     sync.Mutex
-	queue  []parcel
-	closed bool
-	more   chan struct{} // something was queued, or closed is set; holds one
-	ended  chan struct{} // the writer has ended
-}
-
 // A parcel is a frame on its way, with its descriptor, if it has one.
 type parcel struct {
-	f frame
+	frame
 	d *descriptor
 }
 
-func newWire(c *net.UnixConn) *wire {
-	w := &wire{c: c, more: make(chan struct{}, 1), ended: make(chan struct{})}
-	go w.write()
-	return w
+// messageDescriptors is the most descriptors that one message may bring. The package
+// sends one.
+const messageDescriptors = 64
+
+// A frameReader takes frames off a connection.
+type frameReader struct {
+	c   *net.UnixConn
+	in  []byte        // not decoded yet
+	fds []*descriptor // that no frame has taken yet; nil for one that was cut off
 }
 
-// send queues a frame, and a use of the descriptor.
-func (w *wire) send(f frame, d *descriptor) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	switch {
-	case w.closed:
-		return
-	case len(w.queue) >= queuedFrames: // a peer that doesn't read
-		w.c.Close()
-		return
-	case d != nil:
-		d.hold()
-	}
-	w.queue = append(w.queue, parcel{f, d})
-	w.signal()
-}
-
-func (w *wire) signal() {
-	select {
-	case w.more <- struct{}{}:
-	default:
-	}
-}
-
-// write writes what is queued, and a beat now and then, until close.
-func (w *wire) write() {
-	defer close(w.ended)
-	beat := time.NewTicker(beatEvery)
-	defer beat.Stop()
+// next returns the next frame, and its descriptor if it brings one: nil if the
+// descriptor was cut off, because this process may have no more.
+func (r *frameReader) next() (p parcel, err error) {
 	for {
-		w.mu.Lock()
-		queue, closed := w.queue, w.closed
-		w.queue = nil
-		w.mu.Unlock()
-		for i, p := range queue {
-			err := w.writeOne(p)
-			if p.d != nil {
-				p.d.release()
-			}
-			if err != nil {
-				w.c.Close() // the reader sees it
-				for _, p := range queue[i+1:] {
-					if p.d != nil {
-						p.d.release()
-					}
-				}
-				break
-			}
-		}
-		if closed {
-			return
-		}
-		select {
-		case <-w.more:
-		case <-beat.C:
-			if w.writeOne(parcel{f: frame{kind: frameBeat}}) != nil {
-				w.c.Close()
-			}
-		}
-	}
-}
-
-func (w *wire) writeOne(p parcel) error {
-	b := p.f.append(make([]byte, 0, frameMost))
-	var rights []byte
-	if p.d != nil {
-		rights = unix.UnixRights(p.d.fd)
-	}
-	w.mu.Lock()
-	if !w.closed {
-		w.c.SetWriteDeadline(time.Now().Add(exchangeTime))
-	}
-	w.mu.Unlock()
-	n, _, err := w.c.WriteMsgUnix(b, rights, nil)
-	if err == nil && n < len(b) {
-		_, err = w.c.Write(b[n:])
-	}
-	return err
-}
-
-// close ends the wire, after what is queued if the peer takes it.
-func (w *wire) close() {
-	w.mu.Lock()
-	w.closed = true
-	w.c.SetWriteDeadline(time.Now().Add(lastWords))
-	w.mu.Unlock()
-	w.signal()
-	<-w.ended
-	w.c.Close()
-}
-
-// isCut tells whether the other end is closed, although not all that it has said
-// may have been read.
-func (w *wire) isCut() bool {
-	conn, err := w.c.SyscallConn()
-	if err != nil {
-		return true
-	}
-	cut := false
-	err = conn.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLHUP}} // macOS wants to be asked for it
-		n, err := unix.Poll(p, 0)
-		for err == unix.EINTR {
-			n, err = unix.Poll(p, 0)
-		}
-		cut = n > 0 && p[0].Revents&unix.POLLHUP != 0
-	})
-	return cut || err != nil
-}
-
-// drain closes the descriptors that came without a frame. It is the reader's.
-func (w *wire) drain() {
-	for _, fd := range w.fds {
-		unix.Close(fd)
-	}
-	w.fds = nil
-}
-
-// read returns the next frame, and its descriptor if it brings one. It fails if
-// the peer is silent for longer than within.
-func (w *wire) read(within time.Duration) (f frame, d *descriptor, err error) {
-	for {
-		f, n, err := decodeFrame(w.in)
+		f, n, err := decodeFrame(r.in)
 		if err != nil {
-			return f, nil, err
+			return p, err
 		}
 		if n > 0 {
-			w.in = w.in[n:]
+			r.in = r.in[n:]
+			p.frame = f
 			if f.kind == frameSocket {
-				if len(w.fds) == 0 {
-					return f, nil, fmt.Errorf("%w: it is to bring a descriptor and doesn't", errFrame)
+				if len(r.fds) == 0 {
+					return p, fmt.Errorf("%w: it is to bring a descriptor and doesn't", errFrame)
 				}
-				d = newDescriptor(w.fds[0])
-				w.fds = w.fds[1:]
+				p.d = r.fds[0]
+				r.fds = r.fds[1:]
 			}
-			return f, d, nil
+			return p, nil
 		}
-		if err := w.fill(within); err != nil {
-			return f, nil, err
+		if err := r.fill(); err != nil {
+			return p, err
 		}
 	}
+}
+
+// hasMore tells whether next returns without waiting.
+func (r *frameReader) hasMore() bool {
+	_, n, err := decodeFrame(r.in)
+	return n > 0 || err != nil
 }
 
 // fill reads more.
-func (w *wire) fill(within time.Duration) error {
+func (r *frameReader) fill() error {
 	buf := make([]byte, 8*frameMost)
 	oob := make([]byte, unix.CmsgSpace(4*messageDescriptors))
-	w.c.SetReadDeadline(time.Now().Add(within))
-	n, oobn, flags, _, err := w.c.ReadMsgUnix(buf, oob)
+	n, oobn, flags, _, err := r.c.ReadMsgUnix(buf, oob)
 	if oobn > 0 {
-		if err := w.take(oob[:oobn]); err != nil {
+		if err := r.take(oob[:oobn]); err != nil {
 			return err
 		}
 	}
 	switch {
 	case err != nil:
 		return err
-	case flags&unix.MSG_CTRUNC != 0:
-		return fmt.Errorf("descriptors were cut off: too many in one message, or %w", unix.EMFILE)
 	case n == 0:
 		return net.ErrClosed
-	case len(w.fds) > messageDescriptors:
+	case flags&unix.MSG_CTRUNC != 0:
+		r.fds = append(r.fds, nil)
+	}
+	if len(r.fds) > messageDescriptors {
 		return fmt.Errorf("%w: descriptors that belong to nothing", errFrame)
 	}
-	w.in = append(w.in, buf[:n]...)
+	r.in = append(r.in, buf[:n]...)
 	return nil
 }
 
 // take takes descriptors out of control messages.
-func (w *wire) take(oob []byte) error {
+func (r *frameReader) take(oob []byte) error {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
 		return os.NewSyscallError("recvmsg", err)
@@ -397,27 +245,45 @@ func (w *wire) take(oob []byte) error {
 		if err != nil {
 			return os.NewSyscallError("recvmsg", err)
 		}
-		w.fds = append(w.fds, fds...)
+		for _, fd := range fds {
+			r.fds = append(r.fds, newDescriptor(fd))
+		}
 	}
 	return nil
 }
 
-// duplicate returns a descriptor of its own for a socket.
-func duplicate(fd uintptr) (*descriptor, error) {
-	dup, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+// drain closes the descriptors that came without a frame.
+func (r *frameReader) drain() {
+	for _, d := range r.fds {
+		d.release()
 	}
-	return newDescriptor(dup), nil
+	r.fds = nil
 }
 
-// isShortage tells whether an error is one of a shortage, which may pass, and not
-// of a wrong path.
-func isShortage(err error) bool {
-	for _, e := range []syscall.Errno{unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.EIO, unix.EINTR} {
-		if errors.Is(err, e) {
-			return true
+// writeParcels writes frames, as many as go together in one message.
+func writeParcels(c *net.UnixConn, queue []parcel) error {
+	var b []byte
+	for i, p := range queue {
+		b = p.append(b)
+		if i+1 < len(queue) && p.d == nil && len(b) < 8*frameMost {
+			continue
 		}
+		var rights []byte
+		if p.d != nil {
+			rights = unix.UnixRights(p.d.fd)
+		}
+		n, _, err := c.WriteMsgUnix(b, rights, nil)
+		for errors.Is(err, unix.ETOOMANYREFS) || errors.Is(err, unix.ENOBUFS) { // too many on their way, of all this user's processes
+			time.Sleep(retryAfter / 10)
+			n, _, err = c.WriteMsgUnix(b, rights, nil)
+		}
+		if err == nil && n < len(b) {
+			_, err = c.Write(b[n:])
+		}
+		if err != nil {
+			return err
+		}
+		b = b[:0]
 	}
-	return false
+	return nil
 }

@@ -17,19 +17,19 @@ func TestHandoffLaterFrames(t *testing.T) {
 	b := later.append(nil)
 	b = append(b, "more to come"...)
 	b[0], b[1] = byte((len(b)-2)>>8), byte(len(b)-2)
-	b = (&frame{kind: frameBeat}).append(b)
+	b = (&frame{kind: frameAsk}).append(b)
 	f, n, err := decodeFrame(b)
 	require.NoError(t, err)
 	require.Equal(t, later, f)
 	f, _, err = decodeFrame(b[n:])
 	require.NoError(t, err)
-	require.EqualValues(t, frameBeat, f.kind)
+	require.EqualValues(t, frameAsk, f.kind)
 }
 
 // FuzzFrame feeds the decoder: it never takes more than there is, and what it
 // makes of bytes encodes to what it decodes again.
 func FuzzFrame(f *testing.F) {
-	f.Add((&frame{kind: frameSocket, flags: 3, n: 9, id: newID(), process: newID(), at: place{network: "tcp", host: "::", port: 8080}, sub: "tcp6"}).append(nil))
+	f.Add((&frame{kind: frameSocket, flags: 3, n: 9, id: newID(), file: fileKey{1, 2}, at: place{network: "tcp", host: "::", port: 8080}, sub: "tcp6"}).append(nil))
 	f.Add([]byte{0, 45})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for len(b) > 0 {

@@ -157,8 +157,11 @@ func (a *address) unshare(w *watch) bool {
 func (a *address) dropUnreachable() {
 	const quiet = time.Second // for a client that has found the file, and isn't in the queue yet
 	for _, w := range *a.shared.Load() {
-		if w.s.file == nil || w.s.hasFile(a.at) || time.Since(began)-time.Duration(w.used.Load()) < quiet || w.s.readable() || w.isRenamed() {
+		if w.s.file == (fileKey{}) || w.s.hasFile(a.at) || time.Since(began)-time.Duration(w.used.Load()) < quiet || w.s.readable() || w.isRenamed() {
 			continue
+		}
+		if p := w.s.pooled; p != nil && a.h.isOwned(p) {
+			continue // another process accepts from it, and holds this one's
 		}
 		if a.unshare(w) {
 			a.withdraw(w.s.pooled)
@@ -169,7 +172,8 @@ func (a *address) dropUnreachable() {
 
 // isRenamed tells whether the file of a unix socket is in its directory by another name.
 func (w *watch) isRenamed() bool {
-	entries, err := os.ReadDir(filepath.Dir(w.a.at.host))
+	dir := filepath.Dir(w.a.at.host)
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return !errors.Is(err, os.ErrNotExist) // it isn't known
 	}
@@ -177,8 +181,7 @@ func (w *watch) isRenamed() bool {
 		if e.Type() != os.ModeSocket {
 			return false
 		}
-		file, err := e.Info()
-		return err == nil && os.SameFile(file, w.s.file)
+		return fileKeyAt(filepath.Join(dir, e.Name())) == w.s.file
 	})
 }
 

@@ -200,6 +200,34 @@ func Dispatch(ln net.Listener, n int, opts ...Option) (*Group, error) {
 	return &Group{a: a, members: members}, nil
 }
 
+// Keep is the keeper of a handoff until ctx ends: it holds a duplicate of every socket of
+// the processes that name path with [WithHandoff], and accepts from none. While a keeper
+// lives, no queued connection is reset and no new one refused, in whatever order those
+// processes end: by Close, exit, SIGTERM or SIGKILL, and all of them at once too. The
+// next one adopts their sockets. So a service of one process, which is stopped and then
+// started, loses nothing; its clients wait meanwhile.
+//
+// Run it as a program, cmd/lbkeep, or from a process that outlives the others, such as a
+// prefork master. Several may keep one path, and one may take over from another: the old
+// one returns when the new one has everything. While it keeps them, the addresses are
+// in use; as long as nobody starts, what is queued waits, and a full queue drops new
+// connections.
+//
+// It takes [WithLogger]; every other option is an error. The errors are those of path, as
+// with WithHandoff, and [ErrUnsupported]. When ctx ends it returns nil.
+func Keep(ctx context.Context, path string, opts ...Option) error {
+	for _, o := range opts {
+		if o.name != "WithLogger" {
+			return fmt.Errorf("lblisten: Keep: option %s is for a listener; Keep takes WithLogger", o.name)
+		}
+	}
+	cfg, err := newConfig(opts)
+	if err != nil {
+		return fmt.Errorf("lblisten: Keep: %w", err)
+	}
+	return keep(ctx, path, 0, cfg.log)
+}
+
 // maxMembers is the most members of a group in one process. It is Linux's limit
 // of sockets in a reuseport group (net/core/sock_reuseport.c).
 const maxMembers = 32768

@@ -77,13 +77,13 @@ func useUpDescriptors() (files []*os.File) {
 	}
 }
 
-// handoffPath returns a path for a handoff.
+// handoffPath returns a path for a handoff, in a directory of the test's.
 func handoffPath(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "lb")
 	require.NoError(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return filepath.Join(dir, "lb.sock")
+	return filepath.Join(dir, "handoff")
 }
 
 // nobody is a user without any privilege.

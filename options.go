@@ -209,10 +209,9 @@ func newConfig(opts []Option) (*config, error) {
 		}
 		o.apply(c)
 	}
-	if c.handoff != nil && *c.handoff != "" {
-		if abs, err := filepath.Abs(*c.handoff); err == nil {
-			c.handoff = &abs
-		}
+	if c.handoff != nil && filepath.IsAbs(*c.handoff) {
+		clean := filepath.Clean(*c.handoff)
+		c.handoff = &clean
 	}
 	switch {
 	case c.backlog != nil && *c.backlog < 1:
@@ -226,7 +225,7 @@ func newConfig(opts []Option) (*config, error) {
 	case c.pinned != nil && c.dispatcher:
 		return nil, fmt.Errorf("WithPinnedProgram: %w by the dispatcher, which WithDispatcher asks for", ErrUnsupported)
 	case c.handoff != nil && *c.handoff == "":
-		return nil, errors.New("WithHandoff: the path is empty")
+		return nil, errors.New("WithHandoff: the path is empty: name a directory, such as /run/NAME/handoff")
 	case c.handoff != nil && !canHandoff:
 		return nil, fmt.Errorf("WithHandoff: %w by this system", ErrUnsupported)
 	case c.handoff != nil && c.steering == SteerSource:

@@ -27,6 +27,19 @@ type place struct {
 // isNew tells whether the system is to choose the port or the name.
 func (p place) isNew() bool { return p.port == 0 && !p.isUnix() || p.host == "" }
 
+// of returns the place with the port or the name that the system has chosen.
+func (p place) of(addr net.Addr) place {
+	switch addr := addr.(type) {
+	case *net.TCPAddr:
+		p.port = addr.Port
+	case *net.UnixAddr:
+		if !p.isFile() {
+			p.host = addr.Name
+		}
+	}
+	return p
+}
+
 // isUnix tells whether it is a unix socket's.
 func (p place) isUnix() bool { return p.network == "unix" || p.network == "unixpacket" }
 

@@ -26,7 +26,7 @@ func TestUnixSocketInTheDirectory(t *testing.T) {
 		name, addr string
 		opt        Option
 	}{
-		{"handoff", filepath.Join(here, "app.sock"), WithHandoff(path)},
+		{"handed off", filepath.Join(here, "app.sock"), WithHandoff(path)},
 		{"none", "app.sock", WithLB()},
 	} {
 		a, err := Listen("unix", "app.sock", c.opt)

@@ -6,7 +6,6 @@ package lblisten
 import (
 	"cmp"
 	"context"
-	"io/fs"
 	"net"
 	"os"
 	"syscall"
@@ -18,9 +17,9 @@ import (
 type socket struct {
 	ln   socketListener
 	conn syscall.RawConn
-	fd   uintptr     // its number, for a look that does no harm if it is another's by then
-	net  string      // what package net was asked for: "tcp", "tcp4", "tcp6", "unix"
-	file fs.FileInfo // of a unix socket: the file that it was bound to; nil for none
+	fd   uintptr // its number, for a look that does no harm if it is another's by then
+	net  string  // what package net was asked for: "tcp", "tcp4", "tcp6", "unix"
+	file fileKey // of a unix socket: the file that it was bound to; zero for none
 
 	pooled   *pooled // its place in the handoff's pool, nil without one
 	received bool    // another process opened it
@@ -53,33 +52,28 @@ func (s *socket) readable() bool {
 	return r
 }
 
-// lookAtFile returns the file of a unix socket's path, nil if there is none, or if
-// the system can't tell one file from another (Windows may not).
-func lookAtFile(at place) fs.FileInfo {
+// A fileKey tells one file from another; the zero one is none.
+type fileKey struct{ dev, ino uint64 }
+
+// lookAtFile returns the file of a unix socket's path: none if there is none, or if
+// the system can't tell one file from another.
+func lookAtFile(at place) fileKey {
 	if !at.isFile() {
-		return nil
+		return fileKey{}
 	}
-	file, err := os.Lstat(at.host)
-	if err != nil || !os.SameFile(file, file) {
-		return nil
-	}
-	return file
+	return fileKeyAt(at.host)
 }
 
 // hasFile tells whether the file of a unix socket's path is still the one that the
 // socket was bound to, so that clients reach it. The inode isn't used again while
 // the socket is open.
 func (s *socket) hasFile(at place) bool {
-	if s.file == nil {
-		return true
-	}
-	file := lookAtFile(at)
-	return file != nil && os.SameFile(file, s.file)
+	return s.file == (fileKey{}) || lookAtFile(at) == s.file
 }
 
 // removeFile removes the file of a unix socket, unless it is another's by now.
 func (s *socket) removeFile(at place) {
-	if s.file != nil && s.hasFile(at) {
+	if s.file != (fileKey{}) && s.hasFile(at) {
 		os.Remove(at.host)
 	}
 }
@@ -275,7 +269,7 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 		ln.Close()
 		return nil, err
 	}
-	if s.file = lookAtFile(at); s.file != nil {
+	if s.file = lookAtFile(at); s.file != (fileKey{}) {
 		if u, ok := ln.(interface{ SetUnlinkOnClose(bool) }); ok {
 			u.SetUnlinkOnClose(false) // the file may be another's by then: see removeFile
 		}
@@ -286,6 +280,9 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 			ln.Close()
 			return nil, err
 		}
+	}
+	if p != nil {
+		a.h.bound(p, a.at.of(ln.Addr()), s.file)
 	}
 	opened = true
 	return s, nil

@@ -57,6 +57,15 @@ func setV6Only(fd uintptr, only bool) {
 	unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, on)
 }
 
+// fileKeyAt returns the device and the inode of a file.
+func fileKeyAt(path string) fileKey {
+	var st unix.Stat_t
+	if unix.Lstat(path, &st) != nil {
+		return fileKey{}
+	}
+	return fileKey{uint64(st.Dev), st.Ino}
+}
+
 // hasKeepAlive tells whether SO_KEEPALIVE is set.
 func hasKeepAlive(fd uintptr) bool {
 	on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)

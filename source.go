@@ -85,6 +85,9 @@ func (d *dispatcher) renew(ctx context.Context, req *request) error {
 	}
 	d.replace(sourceOf(s.ln, s, nil))
 	d.a.share(newWatch(d.a, before.s, before.finish))
+	if p := before.s.pooled; p != nil {
+		d.a.h.letShare(p)
+	}
 	d.a.note(req.log, news, "the file of the socket is gone, it was bound anew", "address", d.a.addr)
 	return nil
 }

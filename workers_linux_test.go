@@ -9,6 +9,7 @@ func init() {
 		"rounds":       roundsWorker,       // a process that doesn't accept is killed, twenty times
 		"steer":        steerWorker,        // counts the members that each source comes to
 		"joinThere":    joinThereWorker,    // listens on another user's address
+		"strayKeeper":  strayKeeperWorker,  // keeps a handoff in another network namespace
 		"listenThere":  listenThereWorker,  // listens with another user's handoff
 		"connectThere": connectThereWorker, // speaks with another user's hub
 		"diskFull":     diskFullWorker,     // listens with a handoff on a full disk
