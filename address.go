@@ -261,11 +261,12 @@ func (a *address) seatAll(ctx context.Context, n int, req *request, seats *[]rol
 func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (err error) {
 	isNew := a.at.isNew()
 	if a.handoff != "" && a.h == nil {
-		if a.h, err = openHandoff(a.handoff, a.log); err != nil {
-			return fmt.Errorf("WithHandoff: %w", err)
-		}
+		var entering *address
 		if !isNew {
-			a.h.enter(a)
+			entering = a
+		}
+		if a.h, err = openHandoff(a.handoff, a.log, entering); err != nil {
+			return fmt.Errorf("WithHandoff: %w", err)
 		}
 	}
 	var socks []*socket

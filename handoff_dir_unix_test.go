@@ -165,7 +165,7 @@ func TestHandoffDirectoryVanishes(t *testing.T) {
 		other := beginServer(t, job)
 		other.hear()
 		require.Contains(t, other.Err, "make its parent (install -d -m 755 "+dir)
-		time.Sleep(lookAtHandoff)
+		time.Sleep(lookEvery)
 		require.True(t, isHandedOff(servers[1].ask("report")), servers[1].Reason)
 		servers[0].kill()
 		servers[1].ask("accept")
@@ -340,7 +340,7 @@ func TestHandoffUnserved(t *testing.T) {
 		return
 	}
 	noLeaks(t)
-	defer set(&lookAtHandoff, 20*time.Millisecond)()
+	defer set(&orphanLooks, 2)()
 	path := handoffPath(t)
 	elsewhere, err := Listen("tcp", "127.0.0.1:0", WithHandoff(path))
 	require.NoError(t, err)

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -26,12 +27,15 @@ func keep(ctx context.Context, path string, while time.Duration, log *slog.Logge
 	if filepath.IsAbs(path) {
 		path = filepath.Clean(path)
 	}
-	h, err := openHandoff(path, log)
+	h, err := openHandoff(path, log, nil)
 	if err != nil {
 		return fmt.Errorf("lblisten: Keep: %w", err)
 	}
 	defer h.close()
 	h.setKeeper(1, while)
+	h.mu.Lock()
+	h.sayLocked(log, news, "this process keeps the sockets of the handoff", "path", path, "processes", len(h.links))
+	h.mu.Unlock()
 	<-ctx.Done()
 	// Another keeper, which may have come an instant ago, is to have everything.
 	h.await(context.Background(), exchangeTime, func() bool {
@@ -43,7 +47,24 @@ func keep(ctx context.Context, path string, while time.Duration, log *slog.Logge
 		return len(h.dialing) == 0
 	})
 	h.setKeeper(-1, while)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.pool.peers) == 0 { // what it alone keeps ends, as with its last listener
+		for _, s := range h.pool.sockets {
+			if !s.mine && !h.pool.on[s.at] {
+				h.removeFileOf(s)
+			}
+		}
+	}
 	return nil
+}
+
+// removeFileOf removes the file of a unix socket that nobody is left for, as its last
+// listener does.
+func (h *handoff) removeFileOf(s *pooled) {
+	if s.file != (fileKey{}) && lookAtFile(s.at) == s.file {
+		os.Remove(s.at.host)
+	}
 }
 
 // setKeeper counts calls of Keep.

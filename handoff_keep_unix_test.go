@@ -308,6 +308,26 @@ func TestKeeperForAWhile(t *testing.T) {
 	})
 }
 
+// The file of a unix socket goes with whoever lets go of the socket last, if that is a
+// keeper.
+func TestKeeperRemovesUnixSocketFile(t *testing.T) {
+	beside(t)
+	noLeaks(t)
+	for _, while := range []time.Duration{0, time.Second} {
+		path := handoffPath(t)
+		app := path + ".sock"
+		keeper := startKeeper(t, path, while)
+		s := startServer(t, serverJob{Path: path, Network: "unix", Address: app, Members: 1})
+		s.close()
+		require.FileExists(t, app)
+		if while == 0 {
+			keeper.signal(syscall.SIGTERM)
+			keeper.wait()
+		}
+		require.Eventually(t, func() bool { _, err := os.Stat(app); return errors.Is(err, os.ErrNotExist) }, limit(10*time.Second), time.Millisecond)
+	}
+}
+
 // A keeper that is killed leaves processes that go on; when all of them are killed but
 // one that listens elsewhere, that one keeps their sockets, for the next.
 func TestKeeperIsKilled(t *testing.T) {

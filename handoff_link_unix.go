@@ -32,8 +32,8 @@ var (
 	// answer for what those that don't may own.
 	patience = exchangeTime / 4
 
-	// lookAtHandoff is how often a process looks at the directory and the sockets.
-	lookAtHandoff = time.Second
+	// orphanLooks is how many units a socket of an address without processes is kept.
+	orphanLooks = 30
 )
 
 const (
@@ -42,8 +42,9 @@ const (
 
 	lastWords = 50 * time.Millisecond // that a link that ends may take to write what is queued
 
-	orphanLooks = 30 // at a socket of an address without processes, before it is let go
-	queuedLooks = 3  // at a socket in which something is queued, before its owner is asked
+	looksTogether = 4 // so many in lookEvery, of all processes of a handoff
+
+	queuedLooks = 3 // at a socket in which something is queued, before its owner is asked
 )
 
 // A link is a connection with another process. One goroutine reads it; another
@@ -53,6 +54,7 @@ type link struct {
 	c      *net.UnixConn
 	peer   id
 	dialed bool
+	over   bool // the other process's link is to come instead; guarded by handoff.mu
 
 	mu      sync.Mutex // guards what follows, for instants; a leaf
 	queue   []parcel
@@ -117,7 +119,7 @@ func (l *link) close() {
 
 // hello is the first frame of a link.
 func (h *handoff) helloLocked() frame {
-	f := frame{kind: frameHello, n: handoffLowest<<16 | handoffHighest, id: h.id, at: place{network: helloName, space: h.space}, sub: strconv.Itoa(os.Getpid())}
+	f := frame{kind: frameHello, flags: flagOK, n: handoffLowest<<16 | handoffHighest, id: h.id, at: place{network: helloName, space: h.space}, sub: strconv.Itoa(os.Getpid())}
 	if h.settled {
 		f.flags |= flagSettled
 	}
@@ -225,8 +227,14 @@ func (h *handoff) look() error {
 			delete(h.strangers, x)
 		}
 	}
+	for x, l := range h.dialing {
+		if l.over && !slices.Contains(ids, x) {
+			delete(h.dialing, x)
+			h.pool.lacks = true
+		}
+	}
 	for _, x := range ids {
-		if x == h.id || h.links[x] != nil || h.dialing[x] != nil || h.strangers[x] != nil || h.conns >= mostLinks {
+		if x == h.id || h.links[x] != nil || h.dialing[x] != nil && !h.dialing[x].over || h.strangers[x] != nil || h.conns >= mostLinks {
 			continue
 		}
 		l := &link{h: h, peer: x, dialed: true}
@@ -259,7 +267,6 @@ func (h *handoff) dial(l *link) {
 	}
 	defer h.wg.Done()
 	h.mu.Lock()
-	h.pool.lacks = true
 	h.endLocked(l)
 	h.retry = h.retry || !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT)
 	h.mu.Unlock()
@@ -268,8 +275,9 @@ func (h *handoff) dial(l *link) {
 
 // endLocked counts a link out.
 func (h *handoff) endLocked(l *link) {
-	if h.dialing[l.peer] == l {
+	if h.dialing[l.peer] == l && !l.over {
 		delete(h.dialing, l.peer)
+		h.pool.lacks = true // it didn't get to its hello
 	}
 	h.conns--
 	h.turnedLocked()
@@ -287,7 +295,7 @@ func (h *handoff) serve(l *link) {
 	l.close()
 	r.drain()
 	h.mu.Lock()
-	h.pool.lacks = h.pool.lacks || h.dialing[l.peer] == l // it didn't get to its hello
+	l.over = err == errTwice && l.dialed
 	if h.links[l.peer] == l {
 		// Whoever is dead has closed it; whoever is stopped has done nothing.
 		h.goneLocked(l)
@@ -343,13 +351,23 @@ func (h *handoff) greet(l *link, r *frameReader) error {
 	return nil
 }
 
+// errTwice: the other link of the pair is to be used.
+var errTwice = errors.New("another link of the pair stays")
+
 // admitLocked tells whether a link is to be one of the handoff's. Of two between one
 // pair the one stays that the process with the smaller id has dialled.
 func (h *handoff) admitLocked(l *link, hello frame) error {
-	if l.dialed && (h.dialing[l.peer] != l || hello.id != l.peer) || !l.dialed && h.dialing[hello.id] != nil && h.id.less(hello.id) {
-		return errors.New("another link of the pair stays")
-	}
-	if !l.dialed {
+	switch {
+	case l.dialed && (h.dialing[l.peer] != l || hello.id != l.peer):
+		return net.ErrClosed // it has dialled too, and that link was taken
+	case l.dialed && hello.flags&flagOK == 0:
+		return errTwice
+	case !l.dialed && h.dialing[hello.id] != nil && !h.dialing[hello.id].over && h.id.less(hello.id):
+		no := h.helloLocked()
+		no.flags &^= flagOK
+		l.send(parcel{frame: no})
+		return errTwice
+	case !l.dialed:
 		l.send(parcel{frame: h.helloLocked()})
 		l.peer = hello.id
 	}
@@ -370,11 +388,8 @@ func (h *handoff) admitLocked(l *link, hello frame) error {
 		h.sayLocked(h.log, trouble, "a process can't be one of the handoff", "path", h.path, "process", l.peer, "reason", why)
 		return why
 	}
-	if d := h.dialing[l.peer]; d != nil && d != l {
-		delete(h.dialing, l.peer)
-		if d.c != nil {
-			d.c.Close()
-		}
+	if d := h.dialing[l.peer]; d != nil && d != l && d.c != nil {
+		d.c.Close()
 	}
 	delete(h.dialing, l.peer)
 	if old := h.links[l.peer]; old != nil { // the other knows that it is gone
@@ -449,8 +464,10 @@ func (h *handoff) tellLocked(f frame) {
 // turnedLocked has whoever awaits something look again.
 func (h *handoff) turnedLocked() {
 	h.pool.unheard = len(h.dialing)
-	close(h.turn)
-	h.turn = make(chan struct{})
+	if h.awaiting > 0 {
+		close(h.turn)
+		h.turn = make(chan struct{})
+	}
 }
 
 // A question was asked of others.
@@ -461,7 +478,9 @@ type question struct {
 
 // ask asks some processes, or all, and returns when each has answered or is gone.
 // Whoever doesn't answer in time is silent from then on, and isn't waited for any more.
-func (h *handoff) ask(ctx context.Context, f frame, some ...id) (*question, error) {
+// A socket goes with its descriptor to those that read, and is only named to the others:
+// descriptors on their way are limited.
+func (h *handoff) ask(ctx context.Context, f frame, d *descriptor, some ...id) (*question, error) {
 	h.mu.Lock()
 	h.lastN = max(1, h.lastN+1)
 	f.n = h.lastN
@@ -469,10 +488,14 @@ func (h *handoff) ask(ctx context.Context, f frame, some ...id) (*question, erro
 	h.questions[f.n] = q
 	for x, l := range h.links {
 		if len(some) == 0 || slices.Contains(some, x) {
-			l.send(parcel{frame: f})
+			p := parcel{frame: f}
 			if !h.pool.peers[x].silent {
 				q.waiting[x] = true
+				if p.d = d; d != nil {
+					p.kind = frameSocket
+				}
 			}
+			l.send(p)
 		}
 	}
 	h.mu.Unlock()
@@ -503,6 +526,14 @@ func (h *handoff) await(ctx context.Context, most time.Duration, isSo func() boo
 	const steps = 20
 	step := time.NewTicker(most / steps)
 	defer step.Stop()
+	h.mu.Lock()
+	h.awaiting++
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		h.awaiting--
+		h.mu.Unlock()
+	}()
 	for left := steps; ; {
 		h.mu.Lock()
 		so, turn := isSo(), h.turn
@@ -548,9 +579,14 @@ func (h *handoff) join() error {
 	}
 	if h.await(h.quit, patience, h.isSyncedLocked) == errLate {
 		h.mu.Lock()
-		h.pool.lacks = true
+		asked := 0
+		for x, l := range h.links { // each of them has everything, unless it is short of descriptors
+			if asked++; asked <= 2 {
+				h.pool.peers[x].synced = false
+				l.send(parcel{frame: frame{kind: frameTell}})
+			}
+		}
 		h.mu.Unlock()
-		h.apply()
 		h.await(h.quit, exchangeTime-patience, h.isSyncedLocked)
 	}
 	h.mu.Lock()
@@ -559,23 +595,49 @@ func (h *handoff) join() error {
 	return h.foreign
 }
 
-// run looks once a second, and when a link has ended, until the end.
+// run looks at the directory when a link has ended, and asks whom it doubts, until the
+// end.
 func (h *handoff) run() {
 	defer h.wg.Done()
-	tick := time.NewTicker(lookAtHandoff)
-	defer tick.Stop()
+	defer callNowAndThen(h.tick, h.units)()
 	for {
 		select {
 		case <-h.quit.Done():
 			return
 		case <-h.poked:
 			h.look()
-		case <-tick.C:
-			h.lookAtDirectory()
-			h.lookAtSockets()
-			h.lookAtQueues()
+		case owners := <-h.doubted:
+			h.ask(h.quit, frame{kind: frameAsk}, nil, owners...)
 		}
 	}
+}
+
+// tick is the look of now and then.
+func (h *handoff) tick() {
+	h.mu.Lock()
+	ends := h.quit.Err() != nil
+	if !ends {
+		h.wg.Add(1)
+	}
+	h.mu.Unlock()
+	if ends {
+		return
+	}
+	defer h.wg.Done()
+	h.lookAtDirectory()
+	h.lookAtSockets(h.units())
+	h.lookAtQueues()
+}
+
+// units is how many of lookEvery are between two looks of this process: one, but more
+// where more than looksTogether processes look, so that all together look so often.
+func (h *handoff) units() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.suspects {
+		return 1
+	}
+	return 1 + len(h.links)/looksTogether
 }
 
 // poke has run look at the directory.
@@ -615,10 +677,11 @@ func (h *handoff) lookAtDirectory() {
 }
 
 // lookAtSockets lets go of those that nobody came for.
-func (h *handoff) lookAtSockets() {
+func (h *handoff) lookAtSockets(units int) {
 	h.mu.Lock()
-	for _, s := range h.pool.look(orphanLooks, int(h.keepFor/lookAtHandoff)) {
+	for _, s := range h.pool.look(units, orphanLooks, int(h.keepFor/lookEvery)) {
 		h.sayLocked(h.log, news, "nobody came for a socket, it is closed", "path", h.path, "address", s.at)
+		h.removeFileOf(s)
 		h.tellLocked(s.frame(frameDrop))
 	}
 	if h.pool.refused && h.pool.room() {
@@ -629,7 +692,7 @@ func (h *handoff) lookAtSockets() {
 	h.apply()
 }
 
-// lookAtQueues asks owners in whose sockets something stays queued whether they live.
+// lookAtQueues has owners asked whether they live in whose sockets something stays queued.
 func (h *handoff) lookAtQueues() {
 	h.mu.Lock()
 	var socks []*pooled
@@ -647,10 +710,12 @@ func (h *handoff) lookAtQueues() {
 	_, err := unix.Poll(fds, 0)
 	var owners []id
 	h.mu.Lock()
+	h.suspects = false
 	for i, s := range socks {
 		if s.queued++; err != nil || fds[i].Revents&unix.POLLIN == 0 {
 			s.queued = 0
 		}
+		h.suspects = h.suspects || s.queued > 0
 		if s.queued >= queuedLooks {
 			s.queued = 0
 			for x, held := range s.who {
@@ -663,6 +728,9 @@ func (h *handoff) lookAtQueues() {
 	}
 	h.mu.Unlock()
 	if owners != nil {
-		h.ask(h.quit, frame{kind: frameAsk}, owners...)
+		select {
+		case h.doubted <- owners:
+		default: // it asks already
+		}
 	}
 }

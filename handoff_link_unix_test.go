@@ -54,7 +54,7 @@ func (p *rawPeer) send(f frame, d *descriptor) {
 }
 
 func (p *rawPeer) hello(lowest, highest uint32, flags byte) {
-	p.send(frame{kind: frameHello, flags: flags, n: lowest<<16 | highest, id: p.id, at: place{network: helloName}}, nil)
+	p.send(frame{kind: frameHello, flags: flags | flagOK, n: lowest<<16 | highest, id: p.id, at: place{network: helloName}}, nil)
 }
 
 // expect returns the next frame of a kind; others before it are none of its

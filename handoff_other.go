@@ -30,8 +30,11 @@ type (
 	pooled  struct{}
 )
 
-func openHandoff(path string, log *slog.Logger) (*handoff, error) { return nil, ErrUnsupported }
+func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
+	return nil, ErrUnsupported
+}
 
+func (h *handoff) units() int                                { return 1 }
 func (h *handoff) close()                                    {}
 func (h *handoff) enter(a *address)                          {}
 func (h *handoff) leave(a *address) (others bool)            { return false }

@@ -27,6 +27,7 @@ type pool struct {
 	unheard int            // processes that are there and haven't said hello yet: they may own anything
 
 	dropped []*pooled // out of the pool, to be closed
+	got     []*pooled // since the last broadcast, when nobody owned them
 	refused bool      // a socket, for want of room
 	lacks   bool      // somebody went, or dropped a socket, before this process had it: others may have it
 }
@@ -177,7 +178,7 @@ func (p *pool) meet(with id) (say []frame) {
 		say = append(say, frame{kind: frameKeeper, flags: flagOK})
 	}
 	for _, s := range p.sockets {
-		if s.mine || !p.isOwned(s) { // the owner says so itself
+		if s.mine || p.isOrphan(s) { // an owner says so itself
 			say = append(say, s.frame(frameHas))
 		}
 	}
@@ -202,16 +203,23 @@ func (p *pool) gone(with id, dead bool) {
 	}
 }
 
-// askAgain returns what to say to everybody if this process lacks something.
-func (p *pool) askAgain() (say []frame) {
-	if !p.lacks {
-		return nil
+// broadcast returns what to say to everybody: that this process lacks something, and
+// that it has got what nobody owns, which others may lack.
+func (p *pool) broadcast() (say []frame) {
+	for _, s := range p.got {
+		if p.sockets[s.id] == s && !p.isOwned(s) {
+			say = append(say, s.frame(frameHas))
+		}
 	}
-	p.lacks = false
-	for _, peer := range p.peers {
-		peer.synced = false
+	p.got = nil
+	if p.lacks {
+		p.lacks = false
+		for _, peer := range p.peers {
+			peer.synced = false
+		}
+		say = append(say, frame{kind: frameTell})
 	}
-	return []frame{{kind: frameTell}}
+	return say
 }
 
 // disown ends what a peer owned.
@@ -253,7 +261,6 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 		answer(id{}, p.on[m.at] || p.keeper)
 		now, then = nil, now
 	case frameHas, frameSocket:
-		wanted := peer.wants[m.id]
 		if m.kind == frameSocket {
 			delete(peer.wants, m.id)
 		}
@@ -261,17 +268,22 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 		case s != nil:
 			p.note(s, from, m.frame)
 			answer(m.id, true)
-		case m.kind == frameHas && len(p.sockets) < poolMost && p.room():
+		case m.kind == frameHas && m.flags&flagMine == 0 && p.isComing(m.id):
+			// If it doesn't come, everybody is asked.
+		case len(p.sockets) >= poolMost || !p.room() || m.kind == frameSocket && m.d == nil:
+			p.refused = true
+			answer(m.id, false)
+		case m.kind == frameHas:
 			peer.wants[m.id] = true
 			say(frame{kind: frameWant, n: m.n, id: m.id})
-		case m.kind == frameSocket && wanted && m.d != nil:
+		default:
 			s = &pooled{id: m.id, d: m.d.hold(), at: m.at, sub: m.sub, balanced: m.flags&flagBalanced != 0}
 			p.add(s)
 			p.note(s, from, m.frame)
+			if !p.isOwned(s) {
+				p.got = append(p.got, s)
+			}
 			answer(m.id, true)
-		default:
-			p.refused = true
-			answer(m.id, false)
 		}
 	case frameWant:
 		if s == nil {
@@ -323,6 +335,16 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 	return now, then
 }
 
+// isComing tells whether a peer was asked for a socket.
+func (p *pool) isComing(s id) bool {
+	for _, peer := range p.peers {
+		if peer.wants[s] {
+			return true
+		}
+	}
+	return false
+}
+
 // note takes in what a peer says of a socket that it has.
 func (p *pool) note(s *pooled, from id, f frame) {
 	if f.flags&flagBound != 0 && !s.bound {
@@ -350,12 +372,12 @@ func (p *pool) isOwnedBut(s *pooled, but id) bool {
 // look is the once-a-second look at sockets that nobody is left for: they are kept for
 // a while, and by a keeper for as long as it wants to, 0 for ever. It returns those that
 // are let go.
-func (p *pool) look(while, keeperWhile int) (let []*pooled) {
+func (p *pool) look(units, while, keeperWhile int) (let []*pooled) {
 	if p.keeper && keeperWhile == 0 {
 		keeperWhile = math.MaxInt
 	}
 	for _, s := range p.sockets {
-		s.idle++
+		s.idle += units
 		switch {
 		case s.mine, p.unheard > 0, p.on[s.at]:
 			s.idle = 0

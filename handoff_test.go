@@ -140,6 +140,27 @@ func TestHandoffRollingRestarts(t *testing.T) {
 	}
 }
 
+// A process that is killed the moment its Listen has returned leaves its queue to the
+// others, also if the system has chosen the port.
+func TestHandoffKilledAtOnce(t *testing.T) {
+	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
+		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher, Members: 1}
+		startServer(t, job) // elsewhere
+		n := count(20, 4)
+		for range n {
+			s := startServer(t, job)
+			c := standing(t, s.Address, 1)
+			s.kill()
+			next := job
+			next.Address, next.Accept = s.Address, true
+			s = startServer(t, next)
+			require.Equal(t, 1, answered(c))
+			c[0].Close()
+			s.kill()
+		}
+	})
+}
+
 // Processes that start at the same instant are one set, whoever binds first, and
 // so they are after many of them died in one instant.
 func TestHandoffStartAndDieTogether(t *testing.T) {

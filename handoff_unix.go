@@ -34,16 +34,17 @@ var handoffs = struct {
 
 // A handoff is this process as one of a directory.
 type handoff struct {
-	path   string
-	id     id
-	log    *slog.Logger // of who asked for it first
-	refs   int          // addresses and keepers; guarded by handoffs.mu
-	opened chan struct{}
-	err    error // why it couldn't be; for whoever has seen opened closed
-	quit   context.Context
-	stop   context.CancelFunc
-	wg     sync.WaitGroup // of all its goroutines but those that write the log
-	poked  chan struct{}  // has run look; holds one
+	path    string
+	id      id
+	log     *slog.Logger // of who asked for it first
+	refs    int          // addresses and keepers; guarded by handoffs.mu
+	opened  chan struct{}
+	err     error // why it couldn't be; for whoever has seen opened closed
+	quit    context.Context
+	stop    context.CancelFunc
+	wg      sync.WaitGroup // of all its goroutines but those that write the log
+	poked   chan struct{}  // has run look; holds one
+	doubted chan []id      // has run ask; holds one
 
 	changed time.Time // when the directory was changed last; run's
 	looks   int       // to be taken at it; run's
@@ -52,7 +53,8 @@ type handoff struct {
 
 	mu        sync.Mutex // guards what follows, and all of the pool
 	pool      pool
-	turn      chan struct{} // closed and made anew when something has changed
+	awaiting  int
+	turn      chan struct{} // closed and made anew when something has changed, if somebody awaits it
 	ln        *net.UnixListener
 	file      fileKey      // of ln
 	reserve   *descriptor  // held for peers; see takeReserveLocked
@@ -63,6 +65,7 @@ type handoff struct {
 	strangers map[id]error // in the directory, and not to be dialled: why
 	foreign   error        // one that doesn't let this process in
 	settled   bool         // join is over
+	suspects  bool         // something is queued in another's socket
 	retry     bool         // somebody couldn't be dialled for now
 	why       error        // this process isn't to be found; nil if it is
 	questions map[uint32]*question
@@ -74,9 +77,10 @@ type handoff struct {
 	logging   bool          // somebody writes them
 }
 
-// openHandoff returns the handoff of a path, and a use of it. The first one of a
-// process waits until the others have told what they have, exchangeTime at the most.
-func openHandoff(path string, log *slog.Logger) (*handoff, error) {
+// openHandoff returns the handoff of a path, and a use of it, and has an address enter
+// it, if one is given. The first use of a process waits until the others have told what
+// they have, exchangeTime at the most.
+func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
 	if err := checkHandoffPath(path); err != nil {
 		return nil, err
 	}
@@ -89,6 +93,9 @@ func openHandoff(path string, log *slog.Logger) (*handoff, error) {
 	}
 	h.refs++
 	handoffs.mu.Unlock()
+	if a != nil { // before it meets the others, so that they hear it at once
+		h.enter(a)
+	}
 	if isNew {
 		h.err = h.join()
 		h.wg.Add(1)
@@ -100,11 +107,16 @@ func openHandoff(path string, log *slog.Logger) (*handoff, error) {
 		h.close()
 		return nil, h.err
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if a != nil && h.why != nil {
+		a.note(a.log, trouble, "the handoff goes on in the background", "path", path, "reason", h.why)
+	}
 	return h, nil
 }
 
 func newHandoff(path string, log *slog.Logger) *handoff {
-	h := &handoff{path: path, id: newID(), log: log, opened: make(chan struct{}), poked: make(chan struct{}, 1), turn: make(chan struct{}),
+	h := &handoff{path: path, id: newID(), log: log, opened: make(chan struct{}), poked: make(chan struct{}, 1), doubted: make(chan []id, 1), turn: make(chan struct{}),
 		links: make(map[id]*link), dialing: make(map[id]*link), strangers: make(map[id]error), questions: make(map[uint32]*question), addresses: make(map[place]*address)}
 	h.quit, h.stop = context.WithCancel(context.Background())
 	h.pool = newPool(h.id, h.hasRoom)
@@ -165,9 +177,6 @@ func (h *handoff) enter(a *address) {
 	h.addresses[a.at] = a
 	h.pool.on[a.at] = true
 	h.tellLocked(frame{kind: frameOn, at: a.at})
-	if h.why != nil {
-		a.note(a.log, trouble, "the handoff goes on in the background", "path", h.path, "reason", h.why)
-	}
 	h.mu.Unlock()
 	h.apply()
 }
@@ -189,7 +198,7 @@ func (h *handoff) leave(a *address) (others bool) {
 		}
 	}
 	h.mu.Unlock()
-	q, _ := h.ask(context.Background(), frame{kind: frameOff, at: a.at})
+	q, _ := h.ask(context.Background(), frame{kind: frameOff, at: a.at}, nil)
 	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 }) // one that has just died
 	h.mu.Lock()
 	others = q.yes > 0 || h.pool.keeper
@@ -221,7 +230,7 @@ func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at
 	h.pool.add(s)
 	f := s.frame(frameHas)
 	h.mu.Unlock()
-	if _, err = h.ask(ctx, f); err != nil {
+	if _, err = h.ask(ctx, f, s.d); err != nil {
 		h.withdraw(s)
 		return nil, err
 	}
@@ -280,7 +289,7 @@ func (h *handoff) claim(ctx context.Context, s *pooled) bool {
 	if mine || !may {
 		return mine
 	}
-	q, err := h.ask(ctx, frame{kind: frameClaim, id: s.id})
+	q, err := h.ask(ctx, frame{kind: frameClaim, id: s.id}, nil)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	s.claimed = false
@@ -397,7 +406,10 @@ func (h *handoff) steps() (share, back []step) {
 	for _, s := range h.pool.sockets {
 		if !s.bound && !h.pool.isOwned(s) {
 			// Its process has died before it told that it listens, or before it did.
-			if s.bound = !s.at.isNew() && listens(s.d.fd); !s.bound {
+			if s.bound = listens(s.d.fd); s.bound && s.at.isNew() {
+				s.at = s.at.bySocket(s.d.fd)
+			}
+			if !s.bound {
 				h.pool.forget(s)
 				continue
 			}
@@ -433,7 +445,7 @@ func (h *handoff) steps() (share, back []step) {
 		s.d.release()
 	}
 	h.pool.dropped = nil
-	for _, f := range h.pool.askAgain() {
+	for _, f := range h.pool.broadcast() {
 		h.tellLocked(f)
 	}
 	return share, back

@@ -58,7 +58,7 @@ const (
 )
 
 const (
-	flagOK       = 1 << iota // in an answer
+	flagOK       = 1 << iota // in an answer; in a hello: this link is to be used
 	flagBalanced             // the socket is one of the kernel's group
 	flagMine                 // the sender accepts from the socket
 	flagLeft                 // the sender knows that its last owner is gone
@@ -134,7 +134,7 @@ func decodeFrame(b []byte) (f frame, n int, err error) {
 		return f, 0, nil
 	}
 	length := int(binary.BigEndian.Uint16(b))
-	if length < frameFixed+3 || length > 4*frameMost {
+	if length < frameFixed+3 || length > 2*frameMost {
 		return f, 0, errFrame
 	}
 	if len(b) < 2+length {
@@ -170,7 +170,9 @@ const messageDescriptors = 64
 // A frameReader takes frames off a connection.
 type frameReader struct {
 	c   *net.UnixConn
-	in  []byte        // not decoded yet
+	buf [4 * frameMost]byte
+	oob [512]byte     // room for messageDescriptors
+	in  []byte        // of buf, not decoded yet
 	fds []*descriptor // that no frame has taken yet; nil for one that was cut off
 }
 
@@ -208,11 +210,11 @@ func (r *frameReader) hasMore() bool {
 
 // fill reads more.
 func (r *frameReader) fill() error {
-	buf := make([]byte, 8*frameMost)
-	oob := make([]byte, unix.CmsgSpace(4*messageDescriptors))
-	n, oobn, flags, _, err := r.c.ReadMsgUnix(buf, oob)
+	begun := copy(r.buf[:], r.in)
+	r.in = r.buf[:begun]
+	n, oobn, flags, _, err := r.c.ReadMsgUnix(r.buf[begun:], r.oob[:unix.CmsgSpace(4*messageDescriptors)])
 	if oobn > 0 {
-		if err := r.take(oob[:oobn]); err != nil {
+		if err := r.take(r.oob[:oobn]); err != nil {
 			return err
 		}
 	}
@@ -227,7 +229,7 @@ func (r *frameReader) fill() error {
 	if len(r.fds) > messageDescriptors {
 		return fmt.Errorf("%w: descriptors that belong to nothing", errFrame)
 	}
-	r.in = append(r.in, buf[:n]...)
+	r.in = r.buf[:begun+n]
 	return nil
 }
 
@@ -265,7 +267,7 @@ func writeParcels(c *net.UnixConn, queue []parcel) error {
 	var b []byte
 	for i, p := range queue {
 		b = p.append(b)
-		if i+1 < len(queue) && p.d == nil && len(b) < 8*frameMost {
+		if i+1 < len(queue) && p.d == nil && len(b) < 4*frameMost {
 			continue
 		}
 		var rights []byte

@@ -123,6 +123,20 @@ func checkListening(fd int, at place, sub string) error {
 	return nil
 }
 
+// bySocket returns the place with the port, or the name, that the system has chosen for a
+// socket.
+func (p place) bySocket(fd int) place {
+	switch sa, _ := unix.Getsockname(fd); sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		p.port = sa.Port
+	case *unix.SockaddrInet6:
+		p.port = sa.Port
+	case *unix.SockaddrUnix:
+		p.host = sa.Name
+	}
+	return p
+}
+
 // listens tells whether a socket listens.
 func listens(fd int) bool {
 	on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)

@@ -7,6 +7,7 @@ package lblisten
 // queued are made to look. Programs that steer are looked after then, too.
 
 import (
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,16 +23,17 @@ const lookEvery = time.Second
 // runtime, a timer or a descriptor, an idle thread waits in epoll for it and is woken by
 // each connection, which cost a server of one accept loop some 5 % of its CPU.
 var looking struct {
-	mu sync.Mutex // guards what follows, for instants; a leaf
-	at []lookedAt // copied when it changes
-	by *lookout   // nil if there is no address
+	mu sync.Mutex  // guards what follows, for instants; a leaf
+	at []*lookedAt // copied when it changes
+	by *lookout    // nil if there is no address
 }
 
-// A lookedAt is an address in the look.
+// A lookedAt is in the look: an address, or something that is to be called.
 type lookedAt struct {
-	a     *address
+	a     *address // nil for none
 	space *netspace
-	tick  bool // a program steers there
+	call  func()     // nil for nothing
+	units func() int // of lookEvery until the next look, if nobody wants it sooner
 }
 
 // A lookout is the goroutine.
@@ -42,9 +44,30 @@ type lookout struct {
 
 // keepLooking has the look include an address, until stop.
 func keepLooking(a *address, space *netspace) (stop func()) {
-	if !a.steering.byProgram() && !space.canMigrate() {
+	l := lookedAt{a: a, space: space, units: func() int { return 1 }}
+	switch {
+	case a.steering.byProgram():
+		l.call = func() {
+			if a.tryTurn() {
+				a.k.tick()
+				a.giveTurn()
+			}
+		}
+	case !space.canMigrate():
 		return func() {}
+	case a.h != nil:
+		l.units = a.h.units
 	}
+	return l.keep()
+}
+
+// callNowAndThen has the look call something, until stop; it may be in that call then.
+func callNowAndThen(call func(), units func() int) (stop func()) {
+	l := lookedAt{call: call, units: units}
+	return l.keep()
+}
+
+func (l *lookedAt) keep() (stop func()) {
 	looking.mu.Lock()
 	defer looking.mu.Unlock()
 	if looking.by == nil {
@@ -56,11 +79,11 @@ func keepLooking(a *address, space *netspace) (stop func()) {
 		looking.by = by
 		go by.run()
 	}
-	looking.at = append(slices.Clip(looking.at), lookedAt{a, space, a.steering.byProgram()})
+	looking.at = append(slices.Clip(looking.at), l)
 	return func() {
 		looking.mu.Lock()
 		defer looking.mu.Unlock()
-		looking.at = slices.DeleteFunc(slices.Clone(looking.at), func(x lookedAt) bool { return x.a == a })
+		looking.at = slices.DeleteFunc(slices.Clone(looking.at), func(x *lookedAt) bool { return x == l })
 		if len(looking.at) == 0 {
 			looking.by.quit.Store(true)
 			unix.Write(looking.by.wake, []byte{1, 1, 1, 1, 1, 1, 1, 1}) // any number but 0
@@ -81,17 +104,18 @@ func (by *lookout) run() {
 		case n != 0: // it is forbidden, or somebody has closed the descriptor
 			time.Sleep(lookEvery)
 		}
-		next = time.Now().Add(lookEvery)
 		looking.mu.Lock()
 		at := looking.at
 		looking.mu.Unlock()
 		s.look(at)
+		units := math.MaxInt16
 		for _, l := range at {
-			if l.tick && l.a.tryTurn() {
-				l.a.k.tick()
-				l.a.giveTurn()
+			if l.call != nil {
+				l.call()
 			}
+			units = min(units, l.units())
 		}
+		next = time.Now().Add(time.Duration(units) * lookEvery)
 	}
 	looking.mu.Lock() // whoever ends it writes under it
 	defer looking.mu.Unlock()
@@ -110,10 +134,13 @@ type waiter interface{ lookAgain() }
 
 // look has everybody look who waits although a connection is queued, where the kernel
 // has migrated one since the last look.
-func (s *sight) look(at []lookedAt) {
+func (s *sight) look(at []*lookedAt) {
 	s.fds, s.who = s.fds[:0], s.who[:0]
 	moved := make(map[*netspace]bool)
 	for _, l := range at {
+		if l.a == nil {
+			continue
+		}
 		if _, asked := moved[l.space]; !asked {
 			moved[l.space] = l.space.hasMigrated()
 		}

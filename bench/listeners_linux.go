@@ -243,9 +243,9 @@ func openReceived(n int) (o *opened, err error) {
 }
 
 // receive kills a process that listens and adopts its socket. A connection that
-// waited there proves it.
+// was queued there proves it.
 func receive() (_ *opened, err error) {
-	dir, err := os.MkdirTemp("", "lblisten-bench") // nobody else may write to it
+	dir, err := os.MkdirTemp("", "lblisten-bench")
 	if err != nil {
 		return nil, err
 	}
@@ -255,8 +255,8 @@ func receive() (_ *opened, err error) {
 			o.close()
 		}
 	}()
-	path := filepath.Join(dir, "lb.sock")
-	// A member on another address keeps this process in the handoff's set.
+	path := filepath.Join(dir, "handoff")
+	// A member on another address makes this process one of the handoff.
 	keeper, err := lblisten.Listen("tcp", anyPort, lblisten.WithHandoff(path))
 	if err != nil {
 		return nil, err
@@ -289,7 +289,7 @@ func receive() (_ *opened, err error) {
 	l.SetDeadline(time.Now().Add(5 * time.Second))
 	c, err := l.Accept()
 	if err != nil {
-		return nil, fmt.Errorf("the connection that waited in the killed process's socket: %w", err)
+		return nil, fmt.Errorf("the connection that was queued in the killed process's socket: %w", err)
 	}
 	c.Close()
 	l.SetDeadline(time.Time{})

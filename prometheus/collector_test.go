@@ -166,7 +166,7 @@ func parse(t *testing.T, body, address string) map[string]float64 {
 	return series
 }
 
-// What waits is told while it waits, and what was accepted is counted for the
+// Queued connections are told while they are queued, and what was accepted is counted for the
 // listener that accepted it.
 func TestCollector(t *testing.T) {
 	const backlog, clients = 7, 5

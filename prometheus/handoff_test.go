@@ -47,7 +47,7 @@ func heir(address, path string) error {
 // queue of the socket that they share.
 func TestHandoff(t *testing.T) {
 	noLeaks(t)
-	dir, err := os.MkdirTemp("", "lb") // short, for a unix socket, and nobody else's
+	dir, err := os.MkdirTemp("", "lb") // short, for a unix socket
 	require.NoError(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path := filepath.Join(dir, "s")

@@ -137,7 +137,7 @@ func TestHTTP(t *testing.T) {
 // README advises: its listeners close first, and its open connections are waited
 // for. Every request is answered, also of those that wait in the kernel at that
 // moment, one of each client. Of the control there is only one server, so
-// what waits for it is reset and what comes later is refused.
+// its queued connections are reset and what comes later is refused.
 //
 // With keep-alive net/http may close a connection as idle at the moment in which
 // it reads a request from it. That one is handled, and sent again by the client.

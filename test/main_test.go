@@ -72,7 +72,7 @@ type group struct {
 	members []net.Listener
 	serve   func(func(net.Listener) error) error // on all members, as Group.Serve does
 	close   func() error
-	queued  func() int   // what waits in its sockets; -1 if the system doesn't tell, nil if nobody does
+	queued  func() int   // connections queued in its sockets; -1 if the system doesn't tell, nil if nobody does
 	dials   atomic.Int64 // connections that clients have opened
 }
 

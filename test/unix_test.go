@@ -20,7 +20,7 @@ func init() {
 		if err != nil {
 			return nil, err
 		}
-		g, err := listenGroup(lblisten.WithHandoff(filepath.Join(dir, "lb.sock")))
+		g, err := listenGroup(lblisten.WithHandoff(filepath.Join(dir, "handoff")))
 		if err != nil {
 			os.RemoveAll(dir)
 			return nil, err

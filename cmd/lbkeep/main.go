@@ -66,7 +66,6 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 		return look(ctx, path, out, errs)
 	}
 	log := slog.New(slog.NewTextHandler(errs, &slog.HandlerOptions{Level: level}))
-	log.Info("lbkeep: keeps the sockets of the handoff", "path", path, "for", *while)
 	if err := keeper.Keep(ctx, path, *while, log); err != nil {
 		fmt.Fprintf(errs, "lbkeep: %v\n", err)
 		return 1
@@ -109,4 +108,3 @@ func look(ctx context.Context, path string, out, errs io.Writer) (code int) {
 	}
 	return code
 }
-

@@ -62,7 +62,7 @@ func TestKeepAndCheck(t *testing.T) {
 	stop()
 	require.Equal(t, 0, <-ended)
 	require.NoError(t, ln.Close())
-	require.Contains(t, log.String(), "keeps the sockets of the handoff")
+	require.Contains(t, log.String(), "this process keeps the sockets of the handoff")
 }
 
 // Bad usage is 2, with what is wrong.

@@ -62,7 +62,6 @@ type order struct {
 
 func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
 	d = &dashboard{settings: s, mode: modeKernel, notes: []string{}, log: []logLine{}, orders: make(chan order), changed: make(chan struct{})}
-	// Nobody else may write to the directory: MkdirTemp makes it with mode 0700.
 	if d.dir, err = os.MkdirTemp("", "lblisten-dashboard-"); err != nil {
 		return nil, err
 	}

@@ -216,7 +216,7 @@ func TestKill(t *testing.T) {
 	}
 	require.Zero(t, ours.Tally.Refused+ours.Tally.Other)
 	if s.Mode == modeKernel && theirs.Err == "" && !migrates() {
-		require.NotZero(t, theirs.Tally.Lost, "the kernel resets what waits")
+		require.NotZero(t, theirs.Tally.Lost, "the kernel resets queued connections")
 	}
 
 	require.Equal(t, http.StatusNoContent, p.order(order{Do: "restart"}))

@@ -119,7 +119,6 @@ func demo(s settings) (kept bool, err error) {
 	}
 
 	if s.handoff {
-		// Nobody else may write to the directory: MkdirTemp makes it with mode 0700.
 		dir, err := os.MkdirTemp("", "lblisten-demo-")
 		if err != nil {
 			return false, err

@@ -2,15 +2,15 @@
 
 // Prefork serves with several processes. The parent only starts them, and starts
 // another one when one dies: it has no socket, and no connection goes through it.
-// The processes listen on the address themselves, and take over from each other
-// what waits when one of them goes.
+// The processes listen on the address themselves, and take over each other's queued
+// connections when one of them goes.
 //
 //	go build -o prefork ./examples/prefork && ./prefork -n 4
 //	curl http://127.0.0.1:8080
 //	kill -HUP PARENT      # restarts one after the other, with a new program if there is one
 //	kill -TERM PARENT     # stops all
 //
-// With -handoff in a directory that stays, the parent can be replaced as well:
+// With -handoff, and a directory that stays, the parent can be replaced as well:
 // start another one, wait until it is ready, and stop the old one.
 package main
 
@@ -35,7 +35,7 @@ import (
 	"github.com/lblisten/lblisten"
 )
 
-// childVariable has the path of the handoff in the children.
+// childVariable has the directory of the handoff in the children.
 const childVariable = "PREFORK_HANDOFF"
 
 const (
@@ -48,7 +48,7 @@ const (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "`address` to listen on")
 	n := flag.Int("n", 4, "number of processes")
-	path := flag.String("handoff", "", "`path` of the handoff; default: in a new directory")
+	path := flag.String("handoff", "", "`directory` of the handoff; default: a new one")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -68,12 +68,12 @@ func parent(ctx context.Context, n int, path string) error {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	if path == "" {
-		dir, err := os.MkdirTemp("", "prefork-") // mode 0700: nobody else may write to it
+		dir, err := os.MkdirTemp("", "prefork-")
 		if err != nil {
 			return err
 		}
 		defer os.RemoveAll(dir)
-		path = filepath.Join(dir, "handoff.sock")
+		path = filepath.Join(dir, "handoff")
 	}
 
 	places := make([]place, n)
@@ -211,7 +211,7 @@ func child(ctx context.Context, addr, path string) error {
 		return err
 	case <-ctx.Done():
 	}
-	// First the listener: the others take over what waits. Then what has been
+	// First the listener: the others take over what is queued. Then what has been
 	// accepted, then the server, which closes connections that say nothing.
 	ln.Close()
 	<-served

@@ -74,7 +74,7 @@ func TestReplacedUnderLoad(t *testing.T) {
 
 // Another parent comes with the same path, and the first one goes, under load.
 func TestReplacedParent(t *testing.T) {
-	path := filepath.Join(exampletest.Dir(t), "handoff.sock")
+	path := filepath.Join(exampletest.Dir(t), "handoff")
 	p, addr, pids := start(t, 2, "-handoff", path)
 	load := exampletest.StartLoad(t, 8, "http://"+addr, func() *http.Transport { return new(http.Transport) })
 	load.Await(100)

@@ -34,14 +34,27 @@ const (
 // drive runs the experiment. Its error is why it could not, or that requests
 // failed.
 func drive(ctx context.Context, s settings) error {
-	// Nobody else may write to the directory: MkdirTemp makes it with mode 0700.
 	dir, err := os.MkdirTemp("", "lblisten-restart-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	f := &fleet{path: filepath.Join(dir, "handoff.sock")}
+	f := &fleet{path: filepath.Join(dir, "handoff"), kept: s.order == stopStart}
 	defer f.kill()
+	if f.kept {
+		keeping, stop := context.WithCancel(ctx)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			if err := lblisten.Keep(keeping, f.path); err != nil {
+				fmt.Fprintln(os.Stderr, "restart: the keeper:", err)
+			}
+		}()
+		defer func() {
+			stop()
+			<-ended
+		}()
+	}
 
 	if err := f.start(ctx); err != nil {
 		return err
@@ -99,6 +112,7 @@ func drive(ctx context.Context, s settings) error {
 // A fleet is the servers that run, the oldest first.
 type fleet struct {
 	path    string // of the handoff
+	kept    bool   // there is a keeper
 	addr    string
 	servers []*server
 	load    *load
@@ -118,14 +132,14 @@ func (f *fleet) restart(ctx context.Context, order string, kill bool) error {
 	} else if err := f.stopOldest(); err != nil {
 		return err
 	}
-	if order == oldFirst {
+	if order != newFirst {
 		return f.start(ctx)
 	}
 	return nil
 }
 
-// start starts a server and returns when it is ready and, if there are others,
-// holds their sockets, and they its.
+// start starts a server and returns when it is ready and, if there are others or a
+// keeper, holds their sockets, and they its.
 func (f *fleet) start(ctx context.Context) error {
 	addr := f.addr
 	if addr == "" {
@@ -139,14 +153,14 @@ func (f *fleet) start(ctx context.Context) error {
 	if f.addr, err = s.hear(ctx, readyLine, func(string) bool { return true }); err != nil {
 		return fmt.Errorf("starting a server: %w", err)
 	}
-	if len(f.servers) == 1 {
+	if len(f.servers) == 1 && !f.kept {
 		return nil
 	}
 	_, err = s.hear(ctx, heirsLine, func(heirs string) bool {
 		return strings.Contains(heirs, lblisten.InheritHandoff.String())
 	})
 	if err != nil {
-		return fmt.Errorf("no other server holds the sockets of a new one: %w", err)
+		return fmt.Errorf("nobody else holds the sockets of a new server: %w", err)
 	}
 	return nil
 }

@@ -1,13 +1,16 @@
 // Restart shows a restart without downtime: an HTTP server under load that is
 // restarted again and again, and not a single request that fails.
 //
-// There is no supervisor and no privilege in it. All servers name one path, and
-// so hold duplicates of each other's listening sockets (lblisten.WithHandoff).
-// What waits in the queues of the one that goes is taken over by the one that
-// stays. What to copy is in server.go; the rest is the experiment:
+// There is no supervisor and no privilege in it. All servers name one directory, and
+// so hold duplicates of each other's listening sockets (lblisten.WithHandoff). The
+// queued connections of the one that goes are taken over by the one that stays; where
+// none stays, a keeper holds the sockets for the next one (lblisten.Keep, in the driver
+// here, and as a program lbkeep). What to copy is in server.go; the rest is the
+// experiment:
 //
 //	go run ./examples/restart                    # starts the new one, then stops the old one
 //	go run ./examples/restart -order old-first   # two servers, restarted one after the other
+//	go run ./examples/restart -order stop-start  # one server and a keeper: stops it, then starts the next one
 //	go run ./examples/restart -kill 3            # every third is killed (SIGKILL), on Linux
 //
 // The driver, without a job, starts the servers and the clients. Half of the
@@ -19,7 +22,7 @@
 // A server is the same program with its job in the environment, as restart.sh and
 // the systemd unit lblisten-example@.service start it:
 //
-//	LBLISTEN_RESTART_ADDR=127.0.0.1:8080 LBLISTEN_RESTART_HANDOFF=/run/NAME/handoff.sock restart
+//	LBLISTEN_RESTART_ADDR=127.0.0.1:8080 LBLISTEN_RESTART_HANDOFF=/run/NAME/handoff restart
 //
 // The exit status of the driver is 0 if no request failed, 1 if not, and 2 for a
 // wrong flag.
@@ -41,7 +44,7 @@ import (
 
 const (
 	// addrVariable and handoffVariable are the job of a server: where it listens,
-	// and the path that all servers of the address name.
+	// and the directory of the handoff, which all servers of the address name.
 	addrVariable    = "LBLISTEN_RESTART_ADDR"
 	handoffVariable = "LBLISTEN_RESTART_HANDOFF"
 
@@ -51,8 +54,9 @@ const (
 )
 
 const (
-	newFirst = "new-first" // one server: the next one starts before it stops
-	oldFirst = "old-first" // two servers: one stops, then its successor starts
+	newFirst  = "new-first"  // one server: the next one starts before it stops
+	oldFirst  = "old-first"  // two servers: one stops, then its successor starts
+	stopStart = "stop-start" // one server and a keeper: it stops, then the next one starts
 )
 
 type settings struct {
@@ -66,7 +70,7 @@ func parseFlags() (settings, error) {
 	var s settings
 	flag.IntVar(&s.restarts, "restarts", 20, "`number` of restarts, 1 to 100000")
 	flag.IntVar(&s.clients, "clients", 64, "`number` of clients, 2 to 1000")
-	flag.StringVar(&s.order, "order", newFirst, newFirst+": start the next server, then stop the old one; "+oldFirst+": the other way round, beside a second server")
+	flag.StringVar(&s.order, "order", newFirst, newFirst+": start the next server, then stop the old one; "+oldFirst+": the other way round, beside a second server; "+stopStart+": the other way round, with a keeper and no other server")
 	flag.IntVar(&s.kill, "kill", 0, "kill every `n`th server that goes (SIGKILL) instead of stopping it; 0: none; Linux only")
 	flag.Parse()
 	switch {
@@ -74,8 +78,8 @@ func parseFlags() (settings, error) {
 		return s, fmt.Errorf("-restarts %d: ask for 1 to 100000", s.restarts)
 	case s.clients < 2 || s.clients > 1000:
 		return s, fmt.Errorf("-clients %d: ask for 2 to 1000", s.clients)
-	case s.order != newFirst && s.order != oldFirst:
-		return s, fmt.Errorf("-order %q: ask for %s or %s", s.order, newFirst, oldFirst)
+	case s.order != newFirst && s.order != oldFirst && s.order != stopStart:
+		return s, fmt.Errorf("-order %q: ask for %s, %s or %s", s.order, newFirst, oldFirst, stopStart)
 	case s.kill < 0:
 		return s, fmt.Errorf("-kill %d: ask for 0 or more", s.kill)
 	case s.kill > 0 && !child.CanFreeze:

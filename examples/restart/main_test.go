@@ -12,12 +12,12 @@ import (
 
 func TestMain(m *testing.M) { exampletest.Main(m, main) }
 
-// In both orders no request fails, which the exit status says.
+// In each order no request fails, which the exit status says.
 func TestRestarts(t *testing.T) {
 	if runtime.GOOS == "aix" {
 		t.Skip("no WithHandoff on AIX")
 	}
-	for _, order := range []string{newFirst, oldFirst} {
+	for _, order := range []string{newFirst, oldFirst, stopStart} {
 		p := exampletest.Start(t, "-order", order, "-restarts", "3", "-clients", "16")
 		require.True(t, p.Wait().Success())
 		t.Log(p.Said())

@@ -5,7 +5,7 @@
 #   go build -o lblisten-example ./examples/restart
 #   examples/restart/restart.sh ./lblisten-example "$HOME/.lblisten-example"
 #
-# The directory keeps the path of the handoff, the pid and the logs. The address is
+# The directory keeps that of the handoff, the pid and the logs. The address is
 # that of LBLISTEN_RESTART_ADDR, or 127.0.0.1:8080.
 set -eu
 
@@ -16,12 +16,14 @@ fi
 program=$1
 dir=$2
 
-# Nobody else may write to the directory: WithHandoff refuses it otherwise.
+# Logs and pid are this user's. The handoff makes a directory of its own in it, whose
+# path must be absolute.
 mkdir -p "$dir"
 chmod 0700 "$dir"
+dir=$(cd "$dir" && pwd)
 
 LBLISTEN_RESTART_ADDR=${LBLISTEN_RESTART_ADDR:-127.0.0.1:8080}
-LBLISTEN_RESTART_HANDOFF=$dir/handoff.sock
+LBLISTEN_RESTART_HANDOFF=$dir/handoff
 export LBLISTEN_RESTART_ADDR LBLISTEN_RESTART_HANDOFF
 
 # The old one, if it lives. Its number may be another program's by now.

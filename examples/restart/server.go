@@ -43,7 +43,7 @@ func serve(addr, path string) error {
 	defer stop()
 
 	// When ListenGroup returns, this server and the others hold each other's sockets,
-	// so that another one may go. (If they don't answer, it goes on without them
+	// so that another one may go. (If one doesn't answer, it goes on without that one
 	// after a second: awaitStop tells.)
 	g, err := lblisten.ListenGroup(ctx, "tcp", addr, listeners, lblisten.WithHandoff(path))
 	if err != nil {
@@ -74,7 +74,7 @@ func serve(addr, path string) error {
 	}
 	stop() // a second signal ends the program at once
 
-	// First the listeners: what waits in their queues, and what still comes, goes
+	// First the listeners: what is queued there, and what still comes, goes
 	// to the other servers. http.Server.Shutdown would close them too, but it also
 	// closes connections that it has accepted and not read the first request of.
 	g.Close()

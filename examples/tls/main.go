@@ -46,7 +46,7 @@ func main() {
 	n := flag.Int("n", 4, "number of accept loops")
 	cert := flag.String("cert", "", "`file` of the certificate; default: one made in memory")
 	key := flag.String("key", "", "`file` of its key")
-	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes")
+	handoff := flag.String("handoff", "", "`directory` of the handoff, the same in all processes")
 	flag.Parse()
 	if err := serve(*addr, *n, *cert, *key, *handoff); err != nil {
 		fmt.Fprintln(os.Stderr, "tls:", err)
@@ -98,7 +98,7 @@ func serve(addr string, n int, certFile, keyFile, handoff string) error {
 	}
 	stop() // a second signal ends the program at once
 
-	// First the listeners: another process takes over what waits, and what comes.
+	// First the listeners: another process takes over what is queued, and what comes.
 	// Then what has been accepted, then the server. Shutdown alone would close
 	// connections that have come and not said anything yet.
 	g.Close()

@@ -33,7 +33,7 @@ func TestRestartUnderLoad(t *testing.T) {
 	if runtime.GOOS == "aix" {
 		t.Skip("no WithHandoff on AIX")
 	}
-	path := filepath.Join(exampletest.Dir(t), "handoff.sock")
+	path := filepath.Join(exampletest.Dir(t), "handoff")
 	p := exampletest.Start(t, "-addr", "127.0.0.1:0", "-handoff", path)
 	url := p.Hear("ready on ")
 	load := exampletest.StartLoad(t, 8, url, transport)

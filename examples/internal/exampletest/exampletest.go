@@ -70,8 +70,7 @@ func Port(t testing.TB) int {
 	return 0
 }
 
-// Dir returns a new directory that a handoff may be in: only its user may write to
-// it, and its path is short.
+// Dir returns a new directory that a handoff may be in: its path is short.
 func Dir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "lb")

@@ -2,7 +2,7 @@
 // restarted without failing a request: start the next one with the same address and
 // path, and stop this one.
 //
-//	go run ./fasthttp -handoff /run/user/$UID/lblisten-fasthttp.sock
+//	go run ./fasthttp -handoff /run/user/$UID/lblisten-fasthttp
 package main
 
 import (
@@ -31,7 +31,7 @@ const (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "`address` to listen on")
 	n := flag.Int("n", 4, "number of accept loops")
-	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes; default: none")
+	handoff := flag.String("handoff", "", "`directory` of the handoff, the same in all processes; default: none")
 	flag.Parse()
 	opt := lblisten.WithLB()
 	if *handoff != "" {
@@ -72,7 +72,7 @@ func serve(addr string, n int, opt lblisten.Option) error {
 	}
 	stop() // a second signal ends the program at once
 
-	// First the listeners: another process takes over what waits, and what comes.
+	// First the listeners: another process takes over what is queued, and what comes.
 	// Then the server. It closes the listeners once more, which is an error to it
 	// but not to us. A connection that has said nothing yet has 5 s for its request.
 	g.Close()

@@ -16,7 +16,7 @@ func TestMain(m *testing.M) { exampletest.Main(m, main) }
 
 // The server is replaced three times under load. No request fails.
 func TestRestartUnderLoad(t *testing.T) {
-	path := filepath.Join(exampletest.Dir(t), "handoff.sock")
+	path := filepath.Join(exampletest.Dir(t), "handoff")
 	p := exampletest.Start(t, "-addr", "127.0.0.1:0", "-handoff", path)
 	addr := p.Hear("ready on ")
 	load := exampletest.StartLoad(t, 8, "http://"+addr, func() *http.Transport { return new(http.Transport) })

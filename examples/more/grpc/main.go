@@ -1,7 +1,7 @@
 // Grpc is a gRPC server of four accept loops that is restarted without failing a
 // call: start the next one with the same address and path, and stop this one.
 //
-//	go run ./grpc -handoff /run/user/$UID/lblisten-grpc.sock
+//	go run ./grpc -handoff /run/user/$UID/lblisten-grpc
 package main
 
 import (
@@ -31,7 +31,7 @@ const (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:50051", "`address` to listen on")
 	n := flag.Int("n", 4, "number of accept loops")
-	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes; default: none")
+	handoff := flag.String("handoff", "", "`directory` of the handoff, the same in all processes; default: none")
 	flag.Parse()
 	opt := lblisten.WithLB()
 	if *handoff != "" {
@@ -68,7 +68,7 @@ func serve(addr string, n int, opt lblisten.Option) error {
 	}
 	stop() // a second signal ends the program at once
 
-	// First the listeners: another process takes over what waits, and what comes.
+	// First the listeners: another process takes over what is queued, and what comes.
 	// Then the server, when it has begun with all it has accepted: GracefulStop
 	// closes a connection that it hasn't.
 	g.Close()

@@ -53,7 +53,7 @@ func check(addr string, stays bool, stop *atomic.Bool, calls *atomic.Int64) erro
 // The server is replaced three times while calls come in, on channels that stay and
 // on new ones. No call fails.
 func TestRestartUnderLoad(t *testing.T) {
-	path := filepath.Join(exampletest.Dir(t), "handoff.sock")
+	path := filepath.Join(exampletest.Dir(t), "handoff")
 	p := exampletest.Start(t, "-addr", "127.0.0.1:0", "-handoff", path)
 	addr := p.Hear("ready on ")
 

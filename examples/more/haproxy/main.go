@@ -3,7 +3,7 @@
 // go, killed or restarted, while HAProxy sees one server that never refuses.
 // haproxy.cfg is the configuration.
 //
-//	go run ./haproxy -addr 127.0.0.1:9001 -handoff /run/user/$UID/lblisten-1.sock
+//	go run ./haproxy -addr 127.0.0.1:9001 -handoff /run/user/$UID/lblisten-1
 package main
 
 import (
@@ -36,7 +36,7 @@ const (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:9001", "`address` to listen on")
 	n := flag.Int("n", 4, "number of accept loops")
-	handoff := flag.String("handoff", "", "`path` of the handoff, the same in all processes of the address; default: none")
+	handoff := flag.String("handoff", "", "`directory` of the handoff, the same in all processes of the address; default: none")
 	flag.Parse()
 	opt := lblisten.WithLB()
 	if *handoff != "" {
@@ -90,7 +90,7 @@ func serve(addr string, n int, opt lblisten.Option) error {
 	}
 	stop() // a second signal ends the program at once
 
-	// First the listeners: another process takes over what waits, and what comes.
+	// First the listeners: another process takes over what is queued, and what comes.
 	// Then what has been accepted, then the server. HAProxy's connections are kept
 	// open, and it repeats a request on one that turns out to be closed.
 	g.Close()

@@ -169,7 +169,7 @@ func TestLosses(t *testing.T) {
 					addrs[i] = fmt.Sprintf("127.0.0.1:%d", exampletest.Port(t))
 					hosts[i] = &host{t: t, addr: addrs[i]}
 					if row.handoff {
-						hosts[i].handoff = filepath.Join(exampletest.Dir(t), "handoff.sock")
+						hosts[i].handoff = filepath.Join(exampletest.Dir(t), "handoff")
 					}
 					for range row.processes {
 						hosts[i].start()

@@ -252,7 +252,7 @@ func TestInside(t *testing.T) {
 			hosts := []*host{{t: t, name: "one", address: addresses[0]}, {t: t, name: "two", address: addresses[1]}}
 			for _, h := range hosts {
 				if row.handoff {
-					h.handoff = filepath.Join(exampletest.Dir(t), "handoff.sock")
+					h.handoff = filepath.Join(exampletest.Dir(t), "handoff")
 				}
 				for range row.processes {
 					h.start()

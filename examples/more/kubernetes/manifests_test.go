@@ -91,7 +91,10 @@ func TestManifests(t *testing.T) {
 					require.Equal(t, pod.Volumes[0].Name, c.VolumeMounts[0].Name)
 					require.Contains(t, job["LBLISTEN_RESTART_HANDOFF"], c.VolumeMounts[0].MountPath+"/")
 					require.Equal(t, pod.Containers[0].Env, c.Env, "one job for all processes")
-					require.Equal(t, pod.InitContainers[0].VolumeMounts, c.VolumeMounts)
+					require.Equal(t, pod.Containers[0].VolumeMounts, c.VolumeMounts)
+					for _, before := range pod.InitContainers {
+						require.Equal(t, before.VolumeMounts, c.VolumeMounts)
+					}
 				}
 			}
 		})
@@ -105,12 +108,15 @@ func TestAlternatives(t *testing.T) {
 	sysctl := strings.NewReplacer("# sysctls:", "sysctls:", "# - {name: net.", "- {name: net.").Replace(text)
 	require.Equal(t, []corev1.Sysctl{{Name: "net.ipv4.tcp_migrate_req", Value: "1"}}, pods(t, sysctl)[0].SecurityContext.Sysctls)
 
-	i := strings.Index(text, "        # securityContext:\n")
+	// It takes the place of the other security context, of both containers.
+	h := strings.Index(text, "        securityContext: &restricted\n")
+	i := h + strings.Index(text[h:], "        # securityContext: &restricted\n")
 	j := i + strings.Index(text[i:], "        volumeMounts:")
-	bpf := strings.Replace(text[:i], "        securityContext: *restricted\n", "", 1) + strings.ReplaceAll(text[i:j], "# ", "") + text[j:]
-	c := pods(t, bpf)[0].Containers[0].SecurityContext
-	require.Equal(t, []corev1.Capability{"BPF"}, c.Capabilities.Add)
-	require.Zero(t, *c.RunAsUser)
+	bpf := text[:h] + strings.ReplaceAll(text[i:j], "# ", "") + text[j:]
+	for _, c := range pods(t, bpf)[0].Containers {
+		require.Equal(t, []corev1.Capability{"BPF"}, c.SecurityContext.Capabilities.Add)
+		require.Zero(t, *c.SecurityContext.RunAsUser)
+	}
 }
 
 // Two containers have two PID namespaces, one network and one directory. One is
@@ -119,7 +125,7 @@ func TestHandoffBetweenContainers(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root makes PID namespaces")
 	}
-	path, addr := filepath.Join(exampletest.Dir(t), "lb.sock"), fmt.Sprintf("127.0.0.1:%d", exampletest.Port(t))
+	path, addr := filepath.Join(exampletest.Dir(t), "handoff"), fmt.Sprintf("127.0.0.1:%d", exampletest.Port(t))
 	start := func(name string) *exampletest.Process {
 		cmd := exampletest.Unprivileged(t, exampletest.Command(t, addr, path, name))
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
@@ -137,10 +143,14 @@ func TestHandoffBetweenContainers(t *testing.T) {
 	start("one") // the kubelet starts it again
 }
 
-// An emptyDir itself is no place for the handoff: everybody may write to it.
+// An emptyDir itself can't be the handoff's directory, because everybody may write to
+// it; one in it is made.
 func TestEmptyDirIsRefused(t *testing.T) {
 	dir := exampletest.Dir(t)
 	require.NoError(t, os.Chmod(dir, 0o777))
-	_, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(filepath.Join(dir, "lb.sock")))
-	require.ErrorContains(t, err, "can be written to by others")
+	_, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(dir))
+	require.ErrorContains(t, err, "has mode 0777")
+	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(filepath.Join(dir, "handoff")))
+	require.NoError(t, err)
+	require.NoError(t, ln.Close())
 }

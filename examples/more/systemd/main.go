@@ -101,7 +101,7 @@ func serve(n int) error {
 		fmt.Fprintln(os.Stderr, "systemd:", err)
 	}
 
-	// First the listeners: what waits stays in systemd's socket. Then what has been
+	// First the listeners: what is queued stays in systemd's socket. Then what has been
 	// accepted, then the server.
 	g.Close()
 	<-served // no Accept returns any more
