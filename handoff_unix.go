@@ -97,9 +97,10 @@ func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
 		h.enter(a)
 	}
 	if isNew {
-		h.err = h.join()
-		h.wg.Add(1)
-		go h.run()
+		if h.err = h.join(); h.err == nil {
+			h.wg.Add(1)
+			go h.run()
+		}
 		close(h.opened)
 	}
 	<-h.opened

@@ -293,7 +293,7 @@ func (a *address) missing(i Info, others int, noPeer, notSteered, noMigration er
 	case a.h == nil && canHandoff && others > 0:
 		helps = errors.New("another process listens on the address, but nobody would take over from this one if it were killed: use WithHandoff with one path in both")
 	case a.h == nil && canHandoff:
-		helps = errors.New("nobody would take over from this process if it were killed: use WithHandoff, and run a second process")
+		helps = errors.New("nobody would take over from this process if it were killed: use WithHandoff, and run a second process or a keeper")
 	case a.h != nil && others > 0:
 		helps = fmt.Errorf("another process listens on the address without this path: %w", noPeer)
 	}

@@ -10,14 +10,15 @@
 // listener joins the others of its address, in this process and, where the kernel
 // balances, in others of the same user. Accept still returns a bare *net.TCPConn with
 // the options that package net sets, and its errors; deadlines, File and
-// SyscallConn work. MPTCP is off, because balanced sockets can't have it. Close hands over what
-// waits instead of resetting it, if a sibling lives.
+// SyscallConn work. MPTCP is off, because balanced sockets can't have it. Close hands over the
+// queued connections instead of resetting them, if a sibling lives.
 //
 // Words: a listener, or member, is what Listen returns: one accept queue of a group.
 // A group is all members of one address in this process. A socket is a
-// listening socket of the kernel. The balancer spreads connections over the
-// members. Inheritance is what happens to the connections that wait in a closing
-// member's queue: a sibling, the heir, gets them.
+// listening socket of the kernel. A queued connection is one whose handshake is done and
+// that no Accept has returned. The balancer spreads connections over the members.
+// Inheritance is what happens to the queued connections of a member that goes away: a
+// sibling, the heir, gets them.
 //
 // # Which balancer did I get
 //
@@ -37,10 +38,12 @@
 // When a member closes while another member of its group in this process
 // lives, nothing is lost: its socket stays open and its siblings accept from
 // it too, until a new member adopts it. Nothing is accepted before an Accept
-// asks for it, so what waits, waits in the kernel. When the last member
-// closes, or the process dies, what waits is reset by the kernel, unless another
-// process inherits it: by [WithHandoff], on any unix and without privilege, or by
-// the kernel itself, as DragonFly's does, and that of Linux as below.
+// asks for it, so what is queued stays in the kernel. When the last member
+// closes, or the process dies, queued connections are reset by the kernel, unless another
+// process inherits them: by [WithHandoff], on any unix and without privilege, or by
+// the kernel itself, as DragonFly's does, and that of Linux as below. A service of one
+// process, which is stopped and then started, loses nothing while a keeper holds its
+// sockets: see [Keep].
 //
 // # Which privilege buys what
 //
@@ -74,19 +77,19 @@
 //
 // Processes share an address if they are in one network namespace and of one user:
 // two containers of a pod are, two pods aren't. For WithHandoff they need a common
-// directory too, such as a volume of the pod. systemd's RuntimeDirectory= makes one that fits. A
+// directory too, such as one in a volume of the pod, or in systemd's RuntimeDirectory=. A
 // socket that systemd has opened (socket activation) is balanced in this process by
 // [Dispatch]. macOS and Windows balance nothing, so members are the dispatcher's; a
 // second process on an address is EADDRINUSE there, on macOS but with WithHandoff.
 //
 // # How do I restart without downtime
 //
-// With WithHandoff a service of one or more processes is restarted without losing
-// anything: start the new process, and when its Listen has returned, end the old
-// one. While a third process lives the old one may go first. A process that ends
+// With WithHandoff and a keeper in any order: stop the old process, start the new one.
+// Without a keeper, start the new one first, and when its Listen has returned, end the old
+// one; while a third process lives the old one may go first. A process that ends
 // should close its listeners first, answer what it has accepted, and then exit;
-// examples/restart does so. If the last process ends before the next has returned
-// from Listen, what waits is reset.
+// examples/restart does so. Without a keeper, and if the last process ends before the next
+// has returned from Listen, queued connections are reset, and new ones refused.
 //
 // # Errors
 //

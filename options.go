@@ -153,45 +153,40 @@ func WithPinnedProgram(path string) Option {
 	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned = true, &path }}
 }
 
-// WithHandoff is WithLB, and lets the processes of this user that name the same
-// path inherit each other's sockets, so that a restart, a crash or a kill of any
-// of them loses nothing that waits. It takes no privilege, no parent process and
-// no supervisor. Each process holds a duplicate of every listening socket of the
-// set; when one goes away, however it goes, the others accept from its sockets
-// at once, and the next process that listens adopts them. Where the kernel
-// doesn't balance, all processes accept from one socket, so several can have one
-// address there too. Several addresses may use one path.
+// WithHandoff is WithLB, and lets the processes of this user that name the same directory
+// inherit each other's sockets, so that a restart, a crash or a kill of any of them loses
+// no queued connection. It takes no privilege, no parent process and no supervisor. Each
+// process holds a duplicate of every listening socket of the others; when one goes away,
+// however it goes, the others accept from its sockets at once, and the next process that
+// listens adopts them. Where the kernel doesn't balance, all processes accept from one
+// socket, so several can have one address there too. Several addresses may use one path.
 //
-// The path is that of a unix socket, which the package makes. It can be some 90
-// bytes long. Its directory must belong to this user or root, and nobody else may
-// write to it: /run/NAME of a service, say. (On OpenBSD, NetBSD, DragonFly and
-// Solaris, where it can't be told whose a process is, it must belong to this
-// user with mode 0700.) Beside it are a lock file, path + ".lock", which stays,
-// and for a moment path + ".new". Leave all three alone while processes live.
+// The path is that of a directory, from the root, of at most some 85 bytes. It is made with
+// mode 0700 if it isn't there (its parent must be); otherwise it must belong to this user
+// with mode 0700. Nobody else can reach what is in it then, so it may be in /tmp or in a
+// Kubernetes emptyDir. Each process has a unix socket of its own in it, which is removed
+// when it ends, or by the others when it was killed. A wrong path, and a process of another
+// network namespace that uses it, is an error of Listen that says what to do.
 //
-// No Listen waits for other processes for longer than about a second. When they
-// don't answer, because the process that happens to connect them is stopped, it
-// goes on without them, Info has the Reason, and it is tried again in the
-// background. A wrong path is an error.
+// No process waits for another for longer than about a second. One that doesn't answer
+// for a second (it is stopped, by SIGSTOP say) isn't waited for again, and its sockets are
+// served by the others; when it goes on they are its own again. Nobody asks while nothing
+// happens: but a socket in which connections stay queued has its owner asked, after some
+// three seconds.
 //
-// A process that says nothing for 3 s (it is stopped, by SIGSTOP say) is taken for
-// gone: the others accept from its sockets as well, until it goes on. When the
-// last process on an address closes, its sockets are closed, and what waits is
-// reset; when it was killed, and other processes of the set live that listen
-// elsewhere, they keep the sockets for 30 s, for the next one on the address. A
-// stopped process keeps the sockets that it holds open, also those of an address
-// whose processes have all ended: what arrives there waits until it goes on.
-// One that is the last on a unix socket as far as it knows, and closes at the
-// moment in which it goes on, removes the socket's file, also if others have given
-// it up for gone meanwhile and serve the socket.
+// When the last process on an address closes, its sockets are closed before Close returns,
+// so the port is free. When it was killed, processes that listen elsewhere keep its sockets
+// for 30 s, for the next one on the address. While a keeper lives (see [Keep]) they are
+// kept, however the last one went: a service of one process needs that.
 //
-// All processes of a path must be in one network namespace. A process hands off
-// at most 256 sockets; what is past that goes with it. A new listener adopts a
-// socket that an ended one has left before it opens another, so that restarts
-// don't add any; one that joins while the others don't answer does open its own,
-// and it stays. Steering by source is [ErrUnsupported]
-// together with it, and by load too where the kernel balances. So is WithHandoff
-// itself on Windows, AIX, plan9 and wasm.
+// A process takes a duplicate, one descriptor, for each socket of the others, as long as it
+// has a quarter of its limit left; otherwise it refuses, [Info].Reason of the other says so,
+// and it takes them when it has descriptors again. A new listener adopts a socket that an
+// ended one has left before it opens another, so restarts don't add any; one that joins
+// while somebody doesn't answer may open its own.
+//
+// Steering by source is [ErrUnsupported] together with it, and by load too where the kernel
+// balances. So is WithHandoff itself on Windows, AIX, plan9 and wasm.
 func WithHandoff(path string) Option {
 	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
