@@ -260,7 +260,13 @@ func (a *address) seatAll(ctx context.Context, n int, req *request, seats *[]rol
 // owner's, which is then in seats, also if there is an error later.
 func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (err error) {
 	isNew := a.at.isNew()
-	if a.handoff != "" && a.h == nil {
+	if a.d == nil && a.k == nil {
+		if a.k, err = newKernelSteering(a, req); err != nil {
+			return err
+		}
+		a.bell = a.k.bell()
+	}
+	if a.handoff != "" && a.h == nil { // whose sockets are shared from here on
 		var entering *address
 		if !isNew {
 			entering = a
@@ -278,12 +284,6 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 		a.addr = a.d.from.ln.Addr()
 		a.note(req.log, routine, "the in-process dispatcher balances", "address", a.addr, "reason", a.noKernel)
 	} else {
-		if a.k == nil {
-			if a.k, err = newKernelSteering(a, req); err != nil {
-				return err
-			}
-			a.bell = a.k.bell()
-		}
 		makeSeat := a.seat
 		if isNew {
 			makeSeat = a.openSeat

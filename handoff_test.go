@@ -112,7 +112,7 @@ func TestHandoffRollingRestarts(t *testing.T) {
 				}
 				first := most()
 				d := startLoad(4, "tcp", job.Address)
-				restarts := count(50, 6)
+				restarts := races(count(50, 6), 20)
 				for range restarts {
 					restart()
 				}
@@ -265,7 +265,7 @@ func TestHandoffStoppedProcess(t *testing.T) {
 // everything.
 func TestHandoffOneDiesWhileAnotherCloses(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
-		for round := range count(30, 4) {
+		for round := range races(count(30, 4), 12) {
 			job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 2, Dispatcher: dispatcher}
 			if dispatcher {
 				job.Network, job.Address = "unix", filepath.Join(filepath.Dir(job.Path), "app.sock")
@@ -322,7 +322,7 @@ func TestHandoffTimeToInherit(t *testing.T) {
 	noLeaks(t)
 	var took []time.Duration
 	tried, lost := 0, 0
-	for range count(40, 6) {
+	for range races(count(40, 6), 10) {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Members: 1}
 		dead := startServer(t, job)
 		job.Address = dead.Address

@@ -108,6 +108,7 @@ func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
 		h.close()
 		return nil, h.err
 	}
+	h.apply() // what came last may not be shared yet
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if a != nil && h.why != nil {

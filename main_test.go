@@ -46,6 +46,14 @@ func limit(d time.Duration) time.Duration { return time.Duration(float64(d) * sl
 // least.
 func count(n, least int) int { return max(least, int(float64(n)/slow/hurry)) }
 
+// races is n, or less with the race detector, for what takes many processes.
+func races(n, with int) int {
+	if raceDetector {
+		return min(n, with)
+	}
+	return n
+}
+
 // size is count for what -short leaves alone: what would prove nothing if it were
 // smaller, or follow from a seed no more.
 func size(n, least int) int { return max(least, int(float64(n)/slow)) }

@@ -124,7 +124,6 @@ func newKernelSteering(a *address, req *request) (*kernelSteering, error) {
 	if a.steering == SteerLoad {
 		k.sampler = startSampler(a, k.table)
 	}
-	k.stop = keepLooking(a, k.space)
 	ready = true
 	return k, nil
 }
@@ -199,6 +198,7 @@ func (k *kernelSteering) open() []*socket {
 // newcomer that attaches nothing takes off what a process that has ended may have left
 // on the group: it names sockets that are no more, and would starve this one's.
 func (k *kernelSteering) begin(s *socket, req *request) {
+	k.stop = keepLooking(k.a, k.space)
 	if k.has == usersOwn || k.a.steering.byProgram() || req.pinned != nil {
 		return
 	}
