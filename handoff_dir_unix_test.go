@@ -219,7 +219,7 @@ func TestHandoffUnixSocketFileOfTheLast(t *testing.T) {
 	path := handoffPath(t)
 	app := filepath.Join(filepath.Dir(path), "app.sock")
 	job := serverJob{Path: path, Network: "unix", Address: app, Members: 1}
-	for range count(20, 4) {
+	for range races(count(20, 4), 6) {
 		var others []*server
 		first := rand.IntN(2) == 0
 		if !first {

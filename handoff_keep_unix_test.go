@@ -180,7 +180,7 @@ func TestKeeperStopStart(t *testing.T) {
 				}
 			}()
 		}
-		rounds := count(20, 4)
+		rounds := races(count(20, 4), 6)
 		for i := range rounds {
 			time.Sleep(limit(20 * time.Millisecond))
 			if i%2 == 0 {
@@ -245,7 +245,7 @@ func TestKeeperKeeps(t *testing.T) {
 				keeper := startKeeper(t, job.Path, 0)
 				var conns []net.Conn
 				tried := 0
-				for round := range 3 {
+				for round := range races(3, 2) {
 					var servers []*server
 					for range 1 + round%2 {
 						s := startServer(t, job)

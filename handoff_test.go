@@ -146,8 +146,7 @@ func TestHandoffKilledAtOnce(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher, Members: 1}
 		startServer(t, job) // elsewhere
-		n := count(20, 4)
-		for range n {
+		for range races(count(20, 4), 5) {
 			s := startServer(t, job)
 			c := standing(t, s.Address, 1)
 			s.kill()
@@ -172,8 +171,8 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 		}
 		first := startServer(t, job)
 		job.Address = first.Address
-		n := count(24, 6)
-		for range 3 {
+		n := races(count(24, 6), 8)
+		for range races(3, 1) {
 			servers := make([]*server, n)
 			for i := range servers {
 				servers[i] = beginServer(t, job)
