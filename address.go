@@ -275,12 +275,10 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 			return fmt.Errorf("WithHandoff: %w", err)
 		}
 	}
-	var socks []*socket
 	if a.d != nil {
 		if err := a.d.open(ctx, req); err != nil {
 			return err
 		}
-		socks = append(socks, a.d.from.s)
 		a.addr = a.d.from.ln.Addr()
 		a.note(req.log, routine, "the in-process dispatcher balances", "address", a.addr, "reason", a.noKernel)
 	} else {
@@ -294,7 +292,7 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 		}
 		*seats = append(*seats, o)
 		// Of a split dual-stack member it is the IPv6 one: [::]:port, as net's.
-		socks = o.sockets()
+		socks := o.sockets()
 		a.addr = socks[len(socks)-1].ln.Addr()
 		a.k.begin(o.s, req)
 	}

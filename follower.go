@@ -99,13 +99,6 @@ func (f *follower) close() <-chan struct{} {
 	d.members = slices.DeleteFunc(d.members, func(x *follower) bool { return x == f })
 	d.setTimerLocked(f)
 	d.lookAgainLocked(f)
-	for { // what was held for it is anybody's
-		i := slices.IndexFunc(d.hand, func(h *inHand) bool { return h.of == f })
-		if i < 0 {
-			break
-		}
-		d.passLocked(d.takeLocked(i).arrival)
-	}
 	idle := f.idle
 	f.tellIdleLocked()
 	return idle
@@ -128,9 +121,23 @@ func (f *follower) waiting() int {
 	return n
 }
 
-func (f *follower) leaveBehind() []*watch           { return nil }
 func (f *follower) conns() []syscall.RawConn        { return f.d.conns() }
 func (f *follower) listener() (net.Listener, error) { return f.d.source().ln, nil }
+
+// leaveBehind makes what was held for the member anybody's: but not of those that close
+// together with it.
+func (f *follower) leaveBehind() []*watch {
+	d := f.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for {
+		i := slices.IndexFunc(d.hand, func(h *inHand) bool { return h.of == f })
+		if i < 0 {
+			return nil
+		}
+		d.passLocked(d.takeLocked(i).arrival)
+	}
+}
 
 // expiredLocked tells whether the user's deadline has passed.
 func (f *follower) expiredLocked() bool {

@@ -292,8 +292,6 @@ func (h *handoff) serve(l *link) {
 	for err == nil {
 		err = h.hear(l, r)
 	}
-	l.close()
-	r.drain()
 	h.mu.Lock()
 	l.over = err == errTwice && l.dialed
 	if h.links[l.peer] == l {
@@ -311,6 +309,8 @@ func (h *handoff) serve(l *link) {
 	h.endLocked(l)
 	h.mu.Unlock()
 	h.apply()
+	l.close()
+	r.drain()
 }
 
 // goneLocked ends a link that was one of the handoff's.
@@ -407,11 +407,13 @@ func (h *handoff) hear(l *link, r *frameReader) error {
 	for err == nil && r.hasMore() {
 		err = h.hearOne(l, r, &then)
 	}
-	h.apply()
-	for _, p := range then {
-		l.send(p)
+	if err == nil {
+		h.apply()
+		for _, p := range then {
+			l.send(p)
+		}
 	}
-	return err
+	return err // serve applies
 }
 
 func (h *handoff) hearOne(l *link, r *frameReader, then *[]parcel) error {
