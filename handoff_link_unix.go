@@ -304,11 +304,11 @@ func (h *handoff) serve(l *link) {
 		default:
 			h.sayLocked(h.log, news, "a process left the handoff", "path", h.path, "process", l.peer, "others", len(h.links))
 		}
-		h.poke() // is its file there still?
 	}
 	h.endLocked(l)
 	h.mu.Unlock()
 	h.apply()
+	h.poke() // is its file there still?
 	l.close()
 	r.drain()
 }
