@@ -199,7 +199,7 @@ func TestKeeperStopStart(t *testing.T) {
 		time.Sleep(limit(20 * time.Millisecond))
 		stop.Store(true)
 		wg.Wait()
-		t.Logf("%d times: %d requests tried, %d failed, %d died with a process; the longest took %v", rounds, requests.Load(), failed.Load(), killed.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
+		t.Logf("%d times: %d tried, %d lost, %d died with a process; the longest took %v", rounds, requests.Load(), failed.Load(), killed.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
 		require.Zero(t, failed.Load())
 		require.LessOrEqual(t, killed.Load(), 8*kills.Load())
 	})

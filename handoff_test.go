@@ -104,7 +104,7 @@ func TestHandoffRollingRestarts(t *testing.T) {
 				restart()
 				restart()
 				most := func() serverReport {
-					a, b := servers[0].ask("report"), servers[1].ask("report") // one of them is the hub
+					a, b := servers[0].ask("report"), servers[1].ask("report")
 					return serverReport{Sockets: max(a.Sockets, b.Sockets), Goroutines: max(a.Goroutines, b.Goroutines), Descriptors: max(a.Descriptors, b.Descriptors)}
 				}
 				for _, s := range servers {

@@ -183,8 +183,9 @@ func (s *soakServer) goOn() {
 const soakProcesses = 5
 
 // planProcesses is the plan of a round with processes. At any time one lives that
-// isn't about to end. While one is stopped nobody starts.
-func planProcesses(r *rand.Rand) (plan []operation) {
+// isn't about to end, or a keeper does, which is stopped, goes on and is replaced by
+// another. While a process is stopped nobody starts.
+func planProcesses(r *rand.Rand, keeper bool) (plan []operation) {
 	var lives, held [soakProcesses]bool
 	add := func(do string, on, n int) {
 		wait := time.Duration(0)
@@ -206,6 +207,7 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 		return n
 	}
 	ends := []string{"kill", "kill", "kill held", "terminate", "close", "close"}
+	mayGo := func() bool { return keeper || living() > 1 }
 	start(0)
 	start(1)
 	add("load", 0, 1+r.IntN(5))
@@ -216,8 +218,14 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 			add("load", 0, r.IntN(6))
 		case what < 4:
 			add("burst", 0, 1+r.IntN(size(60, 5)))
-		case !lives[on]:
+		case !lives[on] || living() == 0:
 			start(on)
+		case what < 5 && keeper:
+			if r.IntN(2) == 0 {
+				add("replace the keeper", 0, 0)
+			} else {
+				add("stop the keeper", 0, r.IntN(300))
+			}
 		case what < 6:
 			add("join", on, 0)
 		case what < 8:
@@ -239,21 +247,24 @@ func planProcesses(r *rand.Rand) (plan []operation) {
 				lives[other] = false // or not: then it isn't started again
 				add("burst", 0, 1+r.IntN(size(60, 5)))
 			}
-			if living() > 1 && r.IntN(4) == 0 {
+			if mayGo() && r.IntN(4) == 0 {
 				add("kill", on, 0)
 				lives[on] = false
 			} else {
 				plan = append(plan, operation{"continue", on, 0, limit(time.Duration(r.IntN(most)) * time.Millisecond)})
 			}
-		case living() > 1:
+		case mayGo():
 			add(ends[r.IntN(len(ends))], on, 0)
 			lives[on] = false
-			if other := r.IntN(soakProcesses); lives[other] && living() > 1 && r.IntN(2) == 0 {
+			if other := r.IntN(soakProcesses); lives[other] && mayGo() && r.IntN(2) == 0 {
 				plan[len(plan)-1].n = 1 + other
 				add("together: "+ends[r.IntN(len(ends))], other, 0) // without waiting for anything
 				lives[other] = false
 			}
 		}
+	}
+	if living() == 0 {
+		start(0)
 	}
 	return plan
 }
@@ -265,6 +276,7 @@ type processes struct {
 	servers  [soakProcesses]*server
 	ended    []*server
 	stopped  *server
+	keeper   *server // nil for none
 	clients  clients
 	history  history
 	kills    int
@@ -374,6 +386,15 @@ func (ps *processes) obey(o operation) {
 		if s == nil {
 			ps.start(o)
 		}
+	case "replace the keeper":
+		before := ps.keeper
+		ps.keeper = startKeeper(ps.t, ps.job.Path, 0)
+		before.signal(syscall.SIGTERM)
+		before.wait()
+	case "stop the keeper":
+		ps.keeper.signal(syscall.SIGSTOP)
+		time.Sleep(limit(time.Duration(o.n) * time.Millisecond))
+		ps.keeper.signal(syscall.SIGCONT)
 	case "stop":
 		ps.stop(s)
 		ps.stopped = s
@@ -388,7 +409,7 @@ func (ps *processes) obey(o operation) {
 		how, may := strings.CutPrefix(how, "if it may: ")
 		switch {
 		case may && !isHandedOff(s.ask("report")):
-			return // the hub is stopped
+			return // nobody would take over: all others are stopped
 		case !together && !may && ps.stopped != s:
 			// What Info promises holds from here on, for who goes next too.
 			s.becomes(isHandedOff)
@@ -405,8 +426,12 @@ func (ps *processes) obey(o operation) {
 }
 
 // run does a round and returns what was wrong.
-func (ps *processes) run(plan []operation) error {
+func (ps *processes) run(plan []operation, keeper bool) error {
 	ps.clients.excuse = ps.excuse
+	if keeper {
+		ps.keeper = startKeeper(ps.t, ps.job.Path, 0)
+		defer func() { ps.keeper.end() }()
+	}
 	for _, o := range plan {
 		time.Sleep(o.wait)
 		ps.history.add(o)
@@ -488,7 +513,8 @@ func TestHandoffSoak(t *testing.T) {
 		var sum totals
 		kills, accepted := 0, 0
 		soakRounds(t, period(5*time.Second), 1, func(seed uint64) {
-			plan := planProcesses(rand.New(rand.NewPCG(seed, 1)))
+			keeper := seed%2 == 0
+			plan := planProcesses(rand.New(rand.NewPCG(seed, 1)), keeper)
 			ps := &processes{t: t, died: make(map[int][]time.Time),
 				job: serverJob{Path: handoffPath(t), Network: "tcp4", Address: "127.0.0.1:0", Dispatcher: dispatcher}}
 			var err error
@@ -498,7 +524,7 @@ func TestHandoffSoak(t *testing.T) {
 					t.Logf("seed %d after\n%s", seed, &ps.history)
 				}
 			}()
-			ps.history.watch(seed, func() { err = ps.run(plan) })
+			ps.history.watch(seed, func() { err = ps.run(plan, keeper) })
 			done = true
 			sum.add(&ps.clients, len(plan))
 			kills, accepted = kills+ps.kills, accepted+ps.accepted

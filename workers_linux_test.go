@@ -11,7 +11,7 @@ func init() {
 		"joinThere":    joinThereWorker,    // listens on another user's address
 		"strayKeeper":  strayKeeperWorker,  // keeps a handoff in another network namespace
 		"listenThere":  listenThereWorker,  // listens with another user's handoff
-		"connectThere": connectThereWorker, // speaks with another user's hub
+		"connectThere": connectThereWorker, // speaks with another user's process
 		"diskFull":     diskFullWorker,     // listens with a handoff on a full disk
 
 		// With a filter of system calls, or traced.

@@ -177,6 +177,7 @@ func TestPage(t *testing.T) {
 		chromedp.Click("#burst"),
 		await(`logged('burst of 2000')`),
 		await(`info(1, 'if it is killed').includes('handoff')`), // the other process holds its sockets
+		await(`button('Kill worker 1 with SIGKILL').getAttribute('aria-disabled') === 'false'`), // the burst is over
 		chromedp.Click(`button[aria-label="Kill worker 1 with SIGKILL"]`),
 		await(`button('Start worker 1') && logged('SIGKILL to worker 1')`),
 		chromedp.Evaluate(`jumps`, &jumps),
@@ -202,6 +203,7 @@ func TestPage(t *testing.T) {
 		// Everybody who waited has an answer, or none to expect.
 		await(`count('ours', 'waiting') < 100 && count('theirs', 'waiting') < 100`),
 		chromedp.EmulateViewport(1280, 800),
+		await(`button('Start worker 1').getAttribute('aria-disabled') === 'false'`),
 		chromedp.Click(`button[aria-label="Start worker 1"]`),
 		await(`button('Restart worker 1')`),
 	)
