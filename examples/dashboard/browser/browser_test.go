@@ -176,7 +176,7 @@ func TestPage(t *testing.T) {
 		await(`button('Stall listener 1.1 for 5 seconds').textContent === 'Stalls'`),
 		chromedp.Click("#burst"),
 		await(`logged('burst of 2000')`),
-		await(`info(1, 'if it is killed').includes('handoff')`), // the other process holds its sockets
+		await(`info(1, 'if it is killed').includes('handoff')`),                                 // the other process holds its sockets
 		await(`button('Kill worker 1 with SIGKILL').getAttribute('aria-disabled') === 'false'`), // the burst is over
 		chromedp.Click(`button[aria-label="Kill worker 1 with SIGKILL"]`),
 		await(`button('Start worker 1') && logged('SIGKILL to worker 1')`),
