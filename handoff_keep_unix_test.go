@@ -245,7 +245,7 @@ func TestKeeperKeeps(t *testing.T) {
 				keeper := startKeeper(t, job.Path, 0)
 				var conns []net.Conn
 				tried := 0
-				for round := range races(3, 2) {
+				for round := range races(count(3, 2), 2) {
 					var servers []*server
 					for range 1 + round%2 {
 						s := startServer(t, job)

@@ -27,7 +27,7 @@ func stopSteps(n int, last time.Duration) (steps []time.Duration) {
 // the handoff again, and what it owns is its own.
 func TestHandoffStoppedAtAnyStep(t *testing.T) {
 	beside(t)
-	for step, steps := range map[string][]time.Duration{"joins": stopSteps(races(count(16, 3), 4), 60*time.Millisecond), "leaves": stopSteps(races(count(6, 2), 2), 3*time.Millisecond), "serves": stopSteps(races(count(2, 1), 1), 0)} {
+	for step, steps := range map[string][]time.Duration{"joins": stopSteps(races(count(16, 2), 4), 60*time.Millisecond), "leaves": stopSteps(races(count(6, 1), 2), 3*time.Millisecond), "serves": stopSteps(races(count(2, 1), 1), 0)} {
 		t.Run(step, func(t *testing.T) {
 			beside(t)
 			inHandoffModes(t, func(t *testing.T, dispatcher bool) {

@@ -112,7 +112,7 @@ func TestHandoffRollingRestarts(t *testing.T) {
 				}
 				first := most()
 				d := startLoad(4, "tcp", job.Address)
-				restarts := races(count(50, 6), 20)
+				restarts := races(count(50, 4), 12)
 				for range restarts {
 					restart()
 				}
@@ -172,7 +172,7 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 		first := startServer(t, job)
 		job.Address = first.Address
 		n := races(count(24, 6), 8)
-		for range races(3, 1) {
+		for range races(count(3, 1), 1) {
 			servers := make([]*server, n)
 			for i := range servers {
 				servers[i] = beginServer(t, job)
