@@ -36,6 +36,8 @@ type address struct {
 	k         *kernelSteering // nil if the dispatcher balances; set with the turn, before there is a member
 	h         *handoff        // nil for none; likewise
 	handoff   string          // its path, "" for none
+	systemd   bool            // systemd is to keep its sockets
+	chosen    bool            // the system has chosen the port, or the name
 	bell      func()          // to be called for each connection, nil for nothing; likewise
 	keepAlive keepAlive       // what connections of sockets of other processes get
 	log       *slog.Logger    // of whoever opened it
@@ -63,7 +65,7 @@ type address struct {
 
 func newAddress(req *request, noKernel error) *address {
 	a := &address{at: req.at, network: req.network, steering: req.steering, noKernel: noKernel,
-		keepAlive: req.keepAlive, log: req.log, turn: make(chan struct{}, 1)}
+		keepAlive: req.keepAlive, log: req.log, systemd: req.systemd, chosen: req.at.isNew(), turn: make(chan struct{}, 1)}
 	if req.handoff != nil {
 		a.handoff = *req.handoff
 	}
@@ -169,6 +171,9 @@ func (a *address) joinNow(ctx context.Context, n int, req *request, members *[]*
 	if err := a.seatAll(ctx, n, req, &seats); err != nil {
 		return a.explain(err)
 	}
+	if a.systemd {
+		systemd.confirm()
+	}
 	var made []*Listener
 	for _, s := range seats {
 		made = append(made, &Listener{a: a, log: req.log, role: s})
@@ -260,8 +265,17 @@ func (a *address) seatAll(ctx context.Context, n int, req *request, seats *[]rol
 // owner's, which is then in seats, also if there is an error later.
 func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (err error) {
 	isNew := a.at.isNew()
+	kept, err := a.takeKept()
+	defer func() {
+		for _, s := range kept {
+			s.close()
+		}
+	}()
+	if err != nil {
+		return err
+	}
 	if a.d == nil && a.k == nil {
-		if a.k, err = newKernelSteering(a, req); err != nil {
+		if a.k, err = newKernelSteering(a, req, kept); err != nil {
 			return err
 		}
 		a.bell = a.k.bell()
@@ -275,9 +289,17 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 			return fmt.Errorf("WithHandoff: %w", err)
 		}
 	}
-	if a.d != nil {
-		if err := a.d.open(ctx, req); err != nil {
+	for len(kept) > 0 {
+		if err := a.useKept(ctx, kept[0], req); err != nil {
 			return err
+		}
+		kept = kept[1:]
+	}
+	if a.d != nil {
+		if a.d.from == nil {
+			if err := a.d.open(ctx, req); err != nil {
+				return err
+			}
 		}
 		a.addr = a.d.from.ln.Addr()
 		a.note(req.log, routine, "the in-process dispatcher balances", "address", a.addr, "reason", a.noKernel)
@@ -388,7 +410,7 @@ func (a *address) end(own []*watch) (err error) {
 		if !others {
 			s.removeFile(a.at) // another process may have bound it
 		}
-		err = cmp.Or(err, s.ln.Close())
+		err = cmp.Or(err, s.close())
 	}
 	if a.d != nil {
 		err = cmp.Or(err, a.d.end(others))
@@ -401,28 +423,42 @@ func (a *address) discard(s *socket) {
 	a.turn <- struct{}{}
 	defer a.giveTurn()
 	if a.k == nil {
-		s.ln.Close()
+		s.discard()
 		return
 	}
 	a.k.discard(s)
 	a.dirty.Store(true)
 }
 
-// conns returns all sockets of the address.
-func (a *address) conns() []syscall.RawConn {
-	var cs []syscall.RawConn
+// sockets returns all sockets of the address.
+func (a *address) sockets() []*socket {
+	var socks []*socket
 	if a.d != nil {
-		cs = a.d.conns()
+		if s := a.d.source().s; s != nil {
+			socks = append(socks, s)
+		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, l := range *a.members.Load() {
 		if o, ok := l.role.(*owner); ok {
-			cs = append(cs, o.s.conn)
+			socks = append(socks, o.s)
 		}
 	}
 	for _, w := range *a.shared.Load() {
-		cs = append(cs, w.s.conn)
+		socks = append(socks, w.s)
+	}
+	return socks
+}
+
+// conns returns all sockets of the address, and what is known of a foreign listener's.
+func (a *address) conns() []syscall.RawConn {
+	var cs []syscall.RawConn
+	if a.d != nil && a.d.source().s == nil {
+		cs = a.d.conns()
+	}
+	for _, s := range a.sockets() {
+		cs = append(cs, s.conn)
 	}
 	return cs
 }

@@ -69,6 +69,11 @@ func (a *address) explain(err error) error {
 	case a.d != nil:
 		what = fmt.Sprintf("another listener has the address, and it can't be shared between processes without WithHandoff (%v): let both use it with the same path, end that one, or choose another address", a.noKernel)
 	}
+	if a.systemd {
+		if why := systemd.keepsPort(a.at); why != "" {
+			what = why
+		}
+	}
 	if a.h != nil {
 		if why := a.h.state(a.at); why != nil {
 			what += "; " + why.Error()

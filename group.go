@@ -108,8 +108,14 @@ func open(ctx context.Context, network, address string, n int, cfg *config) (*ad
 	if err != nil {
 		return nil, nil, err
 	}
-	if req.handoff != nil && req.at.isFile() {
+	if (req.handoff != nil || req.systemd) && req.at.isFile() {
 		req.literal = req.at.host // other processes have other directories
+	}
+	if req.systemd {
+		if err := systemd.receive(); err != nil {
+			return nil, nil, listenError(network, address, fmt.Errorf("WithSystemd: %w", err))
+		}
+		req.noKernel = cmp.Or(req.noKernel, systemd.unbalanced(req.at, n))
 	}
 	for {
 		a, err := enter(req, n)
@@ -188,6 +194,8 @@ func (a *address) admitsLocked(n int, req *request) error {
 		return fmt.Errorf("WithHandoff(%q): in this process the listeners of this address have no handoff", *req.handoff)
 	case req.handoff != nil && *req.handoff != a.handoff:
 		return fmt.Errorf("WithHandoff(%q): in this process the listeners of this address hand off by %q", *req.handoff, a.handoff)
+	case req.systemd && !a.systemd:
+		return errors.New("WithSystemd: in this process the listeners of this address aren't kept by systemd")
 	case req.dispatcher && a.d == nil:
 		return fmt.Errorf("WithDispatcher: in this process the listeners of this address are balanced by %v", BalancerKernel)
 	case req.requireKernel && a.d != nil:

@@ -45,7 +45,10 @@ func (h *handoff) isOwned(s *pooled) bool                    { return false }
 func (h *handoff) claim(ctx context.Context, s *pooled) bool { return false }
 func (h *handoff) giveBack(s *pooled)                        {}
 func (h *handoff) state(at place) error                      { return ErrUnsupported }
-func (h *handoff) find(a *address) (*socket, error)          { return nil, ErrUnsupported }
+func (h *handoff) depositKept(ctx context.Context, s *socket, a *address) (*pooled, error) {
+	return nil, ErrUnsupported
+}
+func (h *handoff) find(a *address) (*socket, error) { return nil, ErrUnsupported }
 func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at place) (*pooled, error) {
 	return nil, ErrUnsupported
 }

@@ -40,6 +40,7 @@ type (
 		Path, Network, Address string
 		Members                int
 		Dispatcher, Accept     bool
+		Systemd                bool
 		Files                  int // the limit of open files, if not 0
 	}
 	serverReport struct {
@@ -68,6 +69,9 @@ func serverWorker() {
 	}
 	if job.Dispatcher {
 		opts = append(opts, WithDispatcher())
+	}
+	if job.Systemd {
+		opts = append(opts, WithSystemd())
 	}
 	out := json.NewEncoder(os.Stdout)
 	begin := time.Now()
@@ -148,6 +152,11 @@ func startServer(t testing.TB, job serverJob) *server {
 // of another program.
 func beginServer(t testing.TB, job serverJob, by ...string) *server {
 	t.Helper()
+	return beginServerBy(t, (*exec.Cmd).Start, job, by...)
+}
+
+func beginServerBy(t testing.TB, start func(*exec.Cmd) error, job serverJob, by ...string) *server {
+	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
 	if job.Network == "" {
@@ -167,7 +176,7 @@ func beginServer(t testing.TB, job serverJob, by ...string) *server {
 	out, err := s.cmd.StdoutPipe()
 	require.NoError(t, err)
 	s.out = json.NewDecoder(out)
-	require.NoError(t, s.cmd.Start())
+	require.NoError(t, start(s.cmd))
 	t.Cleanup(s.end)
 	return s
 }

@@ -247,6 +247,24 @@ func (h *handoff) deposit(ctx context.Context, c syscall.RawConn, a *address, at
 	return s, nil
 }
 
+// depositKept puts a socket into the pool that this process has from systemd. It returns
+// nil if it is there already, because others have had it meanwhile.
+func (h *handoff) depositKept(ctx context.Context, s *socket, a *address) (*pooled, error) {
+	h.mu.Lock()
+	for _, p := range h.pool.sockets {
+		if keyOf(p.d.fd) == keyOf(int(s.fd)) {
+			h.mu.Unlock()
+			return nil, nil
+		}
+	}
+	h.mu.Unlock()
+	p, err := h.deposit(ctx, s.conn, a, place{network: s.net})
+	if err == nil {
+		h.bound(p, a.at, s.file)
+	}
+	return p, err
+}
+
 // bound tells that a socket listens, on which address and with which file.
 func (h *handoff) bound(s *pooled, at place, file fileKey) {
 	h.mu.Lock()

@@ -109,9 +109,10 @@ const (
 	InheritProcess Inheritance = 1 << iota // siblings in this process
 	InheritKernel                          // any socket of the kernel's group
 	InheritHandoff                         // other processes that hold the socket
+	InheritSystemd                         // the next process of the service, to which systemd gives the socket
 )
 
-var inheritanceNames = []string{"process", "kernel", "handoff"}
+var inheritanceNames = []string{"process", "kernel", "handoff", "systemd"}
 
 // String returns "none", or the parts joined by "+": "process+kernel".
 func (i Inheritance) String() string {
@@ -148,7 +149,7 @@ func (i *Inheritance) UnmarshalText(text []byte) error {
 					continue parts
 				}
 			}
-			return fmt.Errorf("lblisten: %q is no Inheritance: it is none, or process, kernel and handoff, joined by +", text)
+			return fmt.Errorf("lblisten: %q is no Inheritance: it is none, or process, kernel, handoff and systemd, joined by +", text)
 		}
 	}
 	*i = set
@@ -254,15 +255,22 @@ func (a *address) info() Info {
 	if members == 0 {
 		return Info{Reason: net.ErrClosed}
 	}
-	i := Info{Balancer: BalancerKernel, Steering: a.steering, Members: members, Sockets: len(a.conns())}
+	socks := a.sockets()
+	i := Info{Balancer: BalancerKernel, Steering: a.steering, Members: members, Sockets: len(socks)}
 	if members > 1 {
 		i.OnClose = InheritProcess
 	}
-	var noPeer, notSteered, noMigration error
+	var noPeer, notKept, notSteered, noMigration error
 	if a.h != nil {
 		if noPeer = a.h.state(a.at); noPeer == nil {
 			i.OnClose |= InheritHandoff
 			i.OnKill |= InheritHandoff
+		}
+	}
+	if a.systemd {
+		if notKept = a.notKept(socks); notKept == nil {
+			i.OnClose |= InheritSystemd
+			i.OnKill |= InheritSystemd
 		}
 	}
 	var others int // sockets of other processes in the kernel's group
@@ -279,17 +287,27 @@ func (a *address) info() Info {
 			i.OnKill |= InheritKernel
 		}
 	}
-	i.Reason = a.missing(i, others, noPeer, notSteered, noMigration)
+	i.Reason = a.missing(i, others, noPeer, notKept, notSteered, noMigration)
 	return i
 }
 
+// notKept tells why systemd doesn't hold the sockets of the address; nil if it does.
+func (a *address) notKept(socks []*socket) error {
+	if a.chosen {
+		return errors.New("systemd keeps no socket whose port the system has chosen: nobody could ask for it again")
+	}
+	return systemd.holds(socks)
+}
+
 // missing returns why what is in force is not all that was asked for, or not enough.
-func (a *address) missing(i Info, others int, noPeer, notSteered, noMigration error) error {
+func (a *address) missing(i Info, others int, noPeer, notKept, notSteered, noMigration error) error {
 	if i.OnKill != 0 {
-		return inOneLine(noPeer, notSteered)
+		return inOneLine(notKept, noPeer, notSteered)
 	}
 	helps := noPeer
 	switch {
+	case notKept != nil:
+		helps = inOneLine(notKept, noPeer)
 	case a.h == nil && canHandoff && others > 0:
 		helps = errors.New("another process listens on the address, but nobody would take over from this one if it were killed: use WithHandoff with one path in both")
 	case a.h == nil && canHandoff:

@@ -28,7 +28,7 @@ func TestNamesAreReadAgain(t *testing.T) {
 	for s := SteerFlow; s <= SteerLoad; s++ {
 		known = append(known, s)
 	}
-	for i := Inheritance(0); i <= InheritProcess|InheritKernel|InheritHandoff; i++ {
+	for i := Inheritance(0); i <= InheritProcess|InheritKernel|InheritHandoff|InheritSystemd; i++ {
 		known = append(known, i)
 	}
 	for _, v := range known {

@@ -19,6 +19,7 @@ func TestNames(t *testing.T) {
 	require.Equal(t, "process", InheritProcess.String())
 	require.Equal(t, "process+kernel", (InheritProcess | InheritKernel).String())
 	require.Equal(t, "process+kernel+handoff", (InheritProcess | InheritKernel | InheritHandoff).String())
+	require.Equal(t, "process+systemd", (InheritProcess | InheritSystemd).String())
 	require.Contains(t, Inheritance(64).String(), "64")
 	require.Contains(t, Balancer(7).String(), "7")
 	require.Contains(t, Steering(7).String(), "7")

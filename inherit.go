@@ -128,7 +128,7 @@ func (a *address) adopt(ctx context.Context, network string) *socket {
 func (a *address) takeBack(p *pooled) {
 	shared := *a.shared.Load()
 	if i := slices.IndexFunc(shared, func(w *watch) bool { return w.s.pooled == p }); i >= 0 && a.unshare(shared[i]) {
-		shared[i].s.ln.Close()
+		shared[i].s.close()
 		if a.k != nil {
 			a.k.drop(shared[i].s)
 		}
@@ -165,7 +165,7 @@ func (a *address) dropUnreachable() {
 		}
 		if a.unshare(w) {
 			a.withdraw(w.s.pooled)
-			w.s.ln.Close()
+			w.s.discard()
 		}
 	}
 }

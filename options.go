@@ -36,6 +36,7 @@ type config struct {
 	steering      Steering
 	pinned        *string // WithPinnedProgram
 	handoff       *string // WithHandoff
+	systemd       bool    // WithSystemd
 	backlog       *int
 	lc            net.ListenConfig
 	log           *slog.Logger
@@ -191,6 +192,36 @@ func WithHandoff(path string) Option {
 	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
 
+// WithSystemd is WithLB, and has systemd keep the listening sockets, so that a service of
+// one process loses no queued connection when it is restarted, crashes or is killed. The
+// unit needs
+//
+//	FileDescriptorStoreMax=64
+//
+// and a Type that fits the program: notify, if it says READY=1, as package lbhttp does.
+// Each socket that Listen opens is put into systemd's store of file descriptors
+// (FDSTORE), and the next process of the service finds it there: a listener of the same
+// address has it from the beginning, with all that is queued. New connections are queued
+// meanwhile, too. "systemctl stop" empties the store and ends the port.
+//
+// It takes sockets of a .socket unit as well: those of the address that systemd has
+// opened, by LISTEN_FDS; names don't matter. With ReusePort=yes they are balanced by the
+// kernel; one that isn't is shared by the dispatcher, and Info.Reason says so.
+//
+// What is in the store and no Listen asks for within 30 s of the start, or of the last
+// Close on its address, is taken out of it. Closing takes nothing out: the process may be
+// about to end. Until then the port is in use, and whoever connects waits. A unix socket's file stays with its socket.
+//
+// [Info] has InheritSystemd when systemd is known to hold all sockets: it has given them
+// to this process, or its version (254 or later) tells that the store has room. It can be
+// combined with [WithHandoff]. A process that systemd hasn't started, or whose unit has
+// no FileDescriptorStoreMax=, just listens, and Info.Reason says so; so it does if the
+// system chooses the port. LISTEN_PID or LISTEN_FDS that isn't a number is an error. On
+// systems other than Linux it is [ErrUnsupported].
+func WithSystemd() Option {
+	return Option{"WithSystemd", func(c *config) { c.lb, c.systemd = true, true }}
+}
+
 // WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
 func WithLogger(l *slog.Logger) Option {
 	return Option{"WithLogger", func(c *config) { c.log = l }}
@@ -223,6 +254,8 @@ func newConfig(opts []Option) (*config, error) {
 		return nil, errors.New("WithHandoff: the path is empty: name a directory, such as /run/NAME/handoff")
 	case c.handoff != nil && !canHandoff:
 		return nil, fmt.Errorf("WithHandoff: %w by this system", ErrUnsupported)
+	case c.systemd && !canSystemd:
+		return nil, fmt.Errorf("WithSystemd: %w by this system, which has no systemd", ErrUnsupported)
 	case c.handoff != nil && c.steering == SteerSource:
 		return nil, fmt.Errorf("WithHandoff: steering by source is %w together with it: processes that take over from each other can't keep a source to one member", ErrUnsupported)
 	case c.lb && c.reusePort:

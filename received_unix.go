@@ -52,6 +52,15 @@ func duplicate(fd uintptr) (*descriptor, error) {
 	return newDescriptor(dup), nil
 }
 
+// keyOf tells one socket from another, as long as it is open.
+func keyOf(fd int) (key fileKey) {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) == nil {
+		key = fileKey{uint64(st.Dev), uint64(st.Ino)}
+	}
+	return key
+}
+
 // isScarce tells whether a descriptor is one of the last quarter that this process
 // may have: those aren't for the sockets of others.
 func isScarce(fd int) bool {

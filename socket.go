@@ -23,6 +23,58 @@ type socket struct {
 
 	pooled   *pooled // its place in the handoff's pool, nil without one
 	received bool    // another process opened it
+	kept     *kept   // what systemd holds of it, nil for nothing; set before anybody else knows the socket, or with the turn
+}
+
+// close closes a socket, which systemd goes on holding if it does.
+func (s *socket) close() error {
+	s.kept.leave()
+	return s.ln.Close()
+}
+
+// discard closes a socket that nobody needs any more.
+func (s *socket) discard() {
+	s.kept.remove()
+	s.ln.Close()
+}
+
+// takeKept returns the sockets that systemd holds of an address that has none yet. It is
+// called with the turn, as are useKept and keep.
+func (a *address) takeKept() ([]*socket, error) {
+	if !a.systemd || a.chosen {
+		return nil, nil
+	}
+	return systemd.take(a.at)
+}
+
+// useKept has an address share a socket that systemd has held, or accept from it.
+func (a *address) useKept(ctx context.Context, s *socket, req *request) error {
+	if a.h != nil {
+		switch p, err := a.h.depositKept(ctx, s, a); {
+		case err != nil:
+			return err
+		case p == nil: // it is in the pool, and shared by way of it
+			s.close()
+			return nil
+		default:
+			s.pooled = p
+		}
+	}
+	if a.d != nil && a.d.from == nil && s.hasFile(a.at) {
+		a.d.use(sourceOf(s.ln, s, finishKeepAlive(req.keepAlive)))
+	} else {
+		a.inherit(s)
+	}
+	a.note(req.log, news, "systemd has kept a socket of this address", "address", a.at)
+	return nil
+}
+
+// keep has systemd hold a socket, if that is asked for.
+func (a *address) keep(c syscall.RawConn, file fileKey) (*kept, error) {
+	if !a.systemd || a.chosen {
+		return nil, nil
+	}
+	return systemd.keep(c, file)
 }
 
 // A socketListener is what package net makes of a socket: *net.TCPListener or
@@ -71,9 +123,10 @@ func (s *socket) hasFile(at place) bool {
 	return s.file == (fileKey{}) || lookAtFile(at) == s.file
 }
 
-// removeFile removes the file of a unix socket, unless it is another's by now.
+// removeFile removes the file of a unix socket, unless it is another's by now, or systemd
+// goes on holding the socket.
 func (s *socket) removeFile(at place) {
-	if s.file != (fileKey{}) && s.hasFile(at) {
+	if s.kept == nil && s.file != (fileKey{}) && s.hasFile(at) {
 		os.Remove(at.host)
 	}
 }
@@ -159,6 +212,13 @@ func (a *address) adoptOrOpen(ctx context.Context, at place, req *request) (*wat
 	}
 	a.note(req.log, routine, "a new member adopted the socket of a closed one", "address", a.at)
 	w := newWatch(a, s, nil)
+	if s.kept == nil {
+		var err error
+		if s.kept, err = a.keep(s.conn, s.file); err != nil {
+			a.share(w)
+			return nil, err
+		}
+	}
 	if s.received {
 		w.finish = finishKeepAlive(req.keepAlive)
 	} else {
@@ -230,6 +290,7 @@ func (a *address) openSocket(ctx context.Context, at place, req *request) (*sock
 // listen opens a socket, and deposits it with the handoff if there is one.
 func (a *address) listen(ctx context.Context, network, literal string, at place, req *request) (*socket, error) {
 	var p *pooled
+	var held *kept
 	lc, setKeepAlive := lean(req.lc)
 	lc.SetMultipathTCP(false)
 	lc.Control = chainControl(lc.Control, func(family, _ string, c syscall.RawConn) error {
@@ -251,6 +312,9 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 		if cerr == nil && err == nil && a.h != nil {
 			p, err = a.h.deposit(ctx, c, a, at)
 		}
+		if cerr == nil && err == nil && !at.isFile() {
+			held, err = a.keep(c, fileKey{})
+		}
 		return cmp.Or(err, cerr)
 	})
 	// A Control that panics or exits its goroutine leaves nothing in the pool.
@@ -258,9 +322,14 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 	defer func() {
 		if !opened {
 			a.withdraw(p)
+			held.remove()
 		}
 	}()
 	ln, err := lc.Listen(ctx, network, literal)
+	if err != nil && a.systemd && isAddrInUse(err) && systemd.isLeftOver(at) {
+		os.Remove(at.host)
+		ln, err = lc.Listen(ctx, network, literal)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -275,12 +344,17 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 		}
 	}
 	if req.backlog != nil {
-		if err := setBacklog(ln, *req.backlog); err != nil {
-			s.removeFile(at)
-			ln.Close()
-			return nil, err
-		}
+		err = setBacklog(ln, *req.backlog)
 	}
+	if err == nil && at.isFile() { // whose name in the store is that of its file
+		held, err = a.keep(s.conn, s.file)
+	}
+	if err != nil {
+		s.removeFile(at)
+		ln.Close()
+		return nil, err
+	}
+	s.kept = held
 	if p != nil {
 		a.h.bound(p, a.at.of(ln.Addr()), s.file)
 	}

@@ -51,6 +51,10 @@ func (d *dispatcher) open(ctx context.Context, req *request) error {
 				return err
 			}
 			if s != nil {
+				if s.kept, err = a.keep(s.conn, s.file); err != nil {
+					s.ln.Close()
+					return err
+				}
 				d.use(sourceOf(s.ln, s, finishKeepAlive(req.keepAlive)))
 				return nil
 			}
@@ -141,8 +145,11 @@ func (d *dispatcher) end(others bool) error {
 	if from == nil {
 		return nil // it was never opened
 	}
-	if from.s != nil && !others {
+	if from.s == nil {
+		return from.ln.Close()
+	}
+	if !others {
 		from.s.removeFile(d.a.at)
 	}
-	return from.ln.Close()
+	return from.s.close()
 }

@@ -44,6 +44,7 @@ type kernelSteering struct {
 	table  *steerTable // nil without CAP_BPF, and by flow and CPU
 	since  time.Time   // when the table came into force
 	leaves []uint32    // inodes of the sockets that the end closes
+	older  bool        // its group is older than the address: systemd has held sockets of it
 
 	opened  []*socket // those that this process has opened and not closed; guarded by a.mu
 	now     atomic.Pointer[inForce]
@@ -90,8 +91,8 @@ func atLeastLinux(major, minor int) bool {
 
 // newKernelSteering prepares the steering of an address that has no socket yet. It
 // fails if it can't be had.
-func newKernelSteering(a *address, req *request) (*kernelSteering, error) {
-	k := &kernelSteering{a: a, space: enterSpace(a.at.space)}
+func newKernelSteering(a *address, req *request, kept []*socket) (*kernelSteering, error) {
+	k := &kernelSteering{a: a, space: enterSpace(a.at.space), opened: slices.Clone(kept), older: len(kept) > 0}
 	k.publish(nil, nil)
 	ready := false
 	defer func() {
@@ -120,6 +121,9 @@ func newKernelSteering(a *address, req *request) (*kernelSteering, error) {
 			return nil, fmt.Errorf("steering by load is %w here: loading its program: %w; give the process CAP_BPF, or use WithDispatcher", ErrUnsupported, err)
 		}
 		k.publish(nil, noPrivilege(err))
+		if k.older { // with its program goes its table, which has the sockets
+			onSocket(kept[0], func(fd int) error { return detachProgram(uintptr(fd)) })
+		}
 	}
 	if a.steering == SteerLoad {
 		k.sampler = startSampler(a, k.table)
@@ -205,7 +209,7 @@ func (k *kernelSteering) begin(s *socket, req *request) {
 	err := onSocket(s, useMigration)
 	if err == nil {
 		k.has = migrating
-	} else if others, _ := k.strangers(); others > 0 {
+	} else if others, _ := k.strangers(); others > 0 || k.older {
 		onSocket(s, func(fd int) error { return detachProgram(uintptr(fd)) })
 	}
 	k.publish(nil, err)
@@ -257,7 +261,12 @@ func (k *kernelSteering) attach() error {
 	}
 	had := k.has
 	if k.table != nil {
-		if err := k.table.fill(owned); err != nil {
+		err := k.table.fill(owned)
+		for try := 0; k.older && k.has == noProgram && errors.Is(err, unix.EBUSY) && try < 100; try++ {
+			time.Sleep(2 * time.Millisecond) // the table of the process before is about to be freed
+			err = k.table.fill(owned)
+		}
+		if err != nil {
 			return err
 		}
 		if k.has != byTable {
@@ -327,7 +336,7 @@ func (k *kernelSteering) quiet() *watch {
 // discard closes a socket that is not shared any more.
 func (k *kernelSteering) discard(s *socket) {
 	inodes := inodesOf([]*socket{s})
-	s.ln.Close()
+	s.discard()
 	k.drop(s)
 	if k.table != nil {
 		k.table.drop(s)

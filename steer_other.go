@@ -15,7 +15,9 @@ func kernelSteers(s Steering) error {
 	return hint(ErrUnsupported, "the kernel of "+runtime.GOOS+" steers by flow only; WithDispatcher has source and load")
 }
 
-func newKernelSteering(*address, *request) (*kernelSteering, error) { return &kernelSteering{}, nil }
+func newKernelSteering(*address, *request, []*socket) (*kernelSteering, error) {
+	return &kernelSteering{}, nil
+}
 
 func detachProgram(fd uintptr) error { return ErrUnsupported }
 
@@ -25,7 +27,7 @@ func (*kernelSteering) drop(*socket)                      {}
 func (*kernelSteering) begin(*socket, *request)           {}
 func (*kernelSteering) pin(s *socket, path string) error  { return ErrUnsupported }
 func (*kernelSteering) settle()                           {}
-func (*kernelSteering) discard(s *socket)                 { s.ln.Close() }
+func (*kernelSteering) discard(s *socket)                 { s.discard() }
 func (*kernelSteering) bell() func()                      { return nil }
 func (*kernelSteering) inForce() (s Steering, why error)  { return SteerFlow, nil }
 func (*kernelSteering) inherits() (others int, why error) { return 0, kernelInherits() }
