@@ -1,0 +1,267 @@
+// Package lbhttp serves an [http.Server] on a group of package lblisten, and stops it so
+// that no request fails.
+//
+//	func main() {
+//		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+//		defer stop()
+//		g, err := lblisten.ListenGroup(ctx, "tcp", ":8080", 4, lblisten.WithSystemd())
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "hello") })
+//		if err := lbhttp.Serve(ctx, g, new(http.Server), 10*time.Second); err != nil {
+//			log.Fatal(err)
+//		}
+//	}
+//
+// [http.Server.Shutdown] alone fails requests: it closes connections that have been accepted
+// and have said nothing yet, and those whose client is about to send the next request.
+package lbhttp
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/internal/sdnotify"
+)
+
+const (
+	// idleTime is how long a connection must have been idle to be closed. A client that
+	// is busy on it sends its next request sooner, and is answered with "Connection:
+	// close"; a POST that meets a closing connection is not tried again.
+	idleTime = 250 * time.Millisecond
+
+	// queueTime is the longest time for which the queue is emptied, if nobody takes it
+	// over; and a quarter of the grace.
+	queueTime = 5 * time.Second
+
+	// blindTime is that time where the system doesn't tell the length of the queue.
+	blindTime = 100 * time.Millisecond
+)
+
+// Serve serves srv on all members of the group until ctx ends, and then stops it:
+//
+//   - If somebody takes over the queue (Info.OnClose of the group: another process, a
+//     keeper, systemd, other members of the address), the group is closed at once. If
+//     nobody does, it accepts until the queue is empty, for a quarter of grace and 5 s at
+//     the most, and is closed then.
+//   - From then on each answer tells its client that the connection ends: by "Connection:
+//     close" in HTTP/1, a GOAWAY in HTTP/2.
+//   - It waits until all requests are answered, also the first ones of connections that
+//     have sent none yet, whose TLS handshake may not be over either, and until what is
+//     left has been idle for 250 ms.
+//   - Then it calls srv.Shutdown.
+//
+// All of that takes grace at the most; what is open then is closed, and the error wraps
+// [context.DeadlineExceeded]. A grace of 0 is no limit, a negative one no wait. After an
+// orderly end Serve returns nil. If serving ends before ctx does, the group is closed, and
+// the error is that of srv.Serve: [http.ErrServerClosed] after a Shutdown by somebody else.
+// As with Shutdown, hijacked connections are left to whoever has them.
+//
+// Under systemd it says READY=1 when it begins to serve and STOPPING=1 when ctx ends, as
+// Type=notify expects.
+//
+// srv.Handler and srv.ConnState are wrapped. A request that asks for an upgrade isn't told
+// that its connection ends. A server can be served on one group at a time.
+func Serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration) error {
+	return serve(ctx, g, srv, grace, srv.Serve)
+}
+
+// ServeTLS is Serve with TLS, as [http.Server.ServeTLS] has it: the files may be empty if
+// srv.TLSConfig has a certificate. The members share their session tickets' keys, so that a
+// client can resume its session at any of them.
+func ServeTLS(ctx context.Context, g *lblisten.Group, srv *http.Server, certFile, keyFile string, grace time.Duration) error {
+	shareTickets(srv)
+	return serve(ctx, g, srv, grace, func(ln net.Listener) error { return srv.ServeTLS(ln, certFile, keyFile) })
+}
+
+// shareTickets has all copies of the server's TLS configuration, of which ServeTLS makes
+// one for each listener, use the keys of one.
+func shareTickets(srv *http.Server) {
+	keys := srv.TLSConfig
+	if keys == nil {
+		keys = new(tls.Config)
+	}
+	if keys.WrapSession != nil || keys.UnwrapSession != nil {
+		return
+	}
+	srv.TLSConfig = keys.Clone()
+	srv.TLSConfig.WrapSession = keys.EncryptTicket
+	srv.TLSConfig.UnwrapSession = keys.DecryptTicket
+}
+
+func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration, serveOn func(net.Listener) error) error {
+	s := &stopper{conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
+	s.wrap(srv)
+	tell(srv, "READY=1")
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(serveOn) }()
+	select {
+	case err := <-served:
+		g.Close()
+		return err
+	case <-ctx.Done():
+	}
+	tell(srv, "STOPPING=1")
+	late := context.Background()
+	if grace != 0 {
+		var stop context.CancelFunc
+		late, stop = context.WithTimeout(late, max(grace, 0))
+		defer stop()
+	}
+	if !isInherited(g) {
+		empty(late, g, grace)
+	}
+	g.Close()
+	s.stopping.Store(true)
+	<-served // ConnState has seen all that was accepted
+	if s.wait(late) && srv.Shutdown(late) == nil {
+		return nil
+	}
+	left := s.open()
+	srv.Close()
+	return fmt.Errorf("lbhttp: %d connections were closed that were open after the grace of %v: %w", left, grace, context.DeadlineExceeded)
+}
+
+// tell says something to systemd, if there is one.
+func tell(srv *http.Server, what string) {
+	err := sdnotify.Send(what)
+	switch {
+	case err == nil || errors.Is(err, sdnotify.ErrNoSocket):
+	case srv.ErrorLog != nil:
+		srv.ErrorLog.Printf("lbhttp: telling systemd %s: %v", what, err)
+	default:
+		log.Printf("lbhttp: telling systemd %s: %v", what, err)
+	}
+}
+
+// isInherited tells whether somebody takes over the queue when the group closes.
+func isInherited(g *lblisten.Group) bool {
+	info := g.Info()
+	heirs := info.OnClose
+	if info.Members <= len(g.Listeners()) { // these don't inherit from each other
+		heirs &^= lblisten.InheritProcess
+	}
+	return heirs != 0
+}
+
+// empty returns when nothing is queued, or it is time.
+func empty(late context.Context, g *lblisten.Group, grace time.Duration) {
+	most := queueTime
+	if grace != 0 {
+		most = min(most, max(grace, 0)/4)
+	}
+	queued := g.Stats().Queued
+	if queued < 0 {
+		most = min(most, blindTime)
+	}
+	ctx, stop := context.WithTimeout(late, most)
+	defer stop()
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
+	for ; queued != 0; queued = g.Stats().Queued {
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// A stopper knows the connections of a server.
+type stopper struct {
+	stopping atomic.Bool
+
+	mu      sync.Mutex // guards conns
+	conns   map[net.Conn]conn
+	changed chan struct{} // has wait look; holds one
+}
+
+// A conn is what a connection does.
+type conn struct {
+	state http.ConnState // new, active or idle
+	since time.Time
+}
+
+// wrap has the server tell what its connections do, and tell clients that they end.
+func (s *stopper) wrap(srv *http.Server) {
+	connState := srv.ConnState
+	srv.ConnState = func(c net.Conn, state http.ConnState) {
+		s.note(c, state)
+		if connState != nil {
+			connState(c, state)
+		}
+	}
+	handler := srv.Handler
+	if handler == nil {
+		handler = http.DefaultServeMux
+	}
+	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.stopping.Load() && r.Header.Get("Upgrade") == "" {
+			w.Header().Set("Connection", "close") // net/http makes a GOAWAY of it in HTTP/2
+		}
+		handler.ServeHTTP(w, r)
+	})
+}
+
+func (s *stopper) note(c net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	switch state {
+	case http.StateClosed, http.StateHijacked:
+		delete(s.conns, c)
+	default:
+		s.conns[c] = conn{state, time.Now()}
+	}
+	s.mu.Unlock()
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+// open is the number of open connections.
+func (s *stopper) open() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// wait returns true when no request is to be expected any more.
+func (s *stopper) wait(late context.Context) bool {
+	for {
+		busy, next := s.look()
+		if !busy {
+			return true
+		}
+		select {
+		case <-s.changed:
+		case <-time.After(next):
+		case <-late.Done():
+			return false
+		}
+	}
+}
+
+// look tells whether a request is to be expected, and when that may change by itself.
+func (s *stopper) look() (busy bool, next time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next = time.Hour
+	for _, c := range s.conns {
+		if c.state != http.StateIdle {
+			busy = true
+		} else if left := idleTime - time.Since(c.since); left > 0 {
+			busy, next = true, min(next, left)
+		}
+	}
+	return busy, next
+}

@@ -1,0 +1,54 @@
+package lbhttp
+
+import (
+	"os"
+	"os/exec"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/lblisten/lblisten/internal/standin"
+	"github.com/stretchr/testify/require"
+)
+
+// A service of one process, which a stand-in for systemd stops and starts under load:
+// no request fails.
+func TestOneProcess(t *testing.T) {
+	dir, err := os.MkdirTemp("", "lb")
+	require.NoError(t, err)
+	service, err := standin.New(dir, 8)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		service.Close()
+		os.RemoveAll(dir)
+	})
+	j := job{Addr: "127.0.0.1:0", Takes: 2 * time.Millisecond, Grace: limit(10 * time.Second)}
+	p := startProcess(t, (*exec.Cmd).Start, j) // for a port
+	j.Addr, j.Systemd = p.addr, true
+	p.stop()
+	p = startProcess(t, service.Start, j)
+	require.Eventually(t, func() bool { return len(service.Said()) == 1 && service.Said()[0] == "READY=1" }, limit(5*time.Second), time.Millisecond)
+	d := startLoad(t, j.Addr, 4, false, false)
+	var longest atomic.Int64
+	n := count(20, 3)
+	for range n {
+		time.Sleep(limit(30 * time.Millisecond))
+		begin := time.Now()
+		p.stop()
+		p = startProcess(t, service.Start, j)
+		longest.Store(max(longest.Load(), int64(time.Since(begin))))
+	}
+	d.end()
+	p.stop()
+	require.Equal(t, []string{"READY=1", "STOPPING=1"}, service.Said()[2*n:])
+	require.Len(t, service.Names(), 2)
+	t.Logf("%d restarts, of which the longest took %v", n, time.Duration(longest.Load()).Round(time.Millisecond))
+}
+
+// A NOTIFY_SOCKET that nobody reads ends no service.
+func TestNobodyIsToldThatItIsReady(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "/nowhere")
+	r := start(t, "127.0.0.1:0", newQuiet(), limit(5*time.Second))
+	get(t, newClient(t, nil, false), "http://"+r.addr+"/default")
+	require.NoError(t, r.stop())
+}
