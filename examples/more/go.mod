@@ -3,7 +3,7 @@ module github.com/lblisten/lblisten/examples/more
 go 1.23.0
 
 require (
-	github.com/coreos/go-systemd/v22 v22.6.0
+	github.com/cloudflare/tableflip v1.2.3
 	github.com/lblisten/lblisten v0.0.0
 	github.com/pires/go-proxyproto v0.8.0
 	github.com/stretchr/testify v1.11.1

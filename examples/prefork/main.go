@@ -20,7 +20,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -28,21 +27,20 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/lbhttp"
 )
 
 // childVariable has the directory of the handoff in the children.
 const childVariable = "PREFORK_HANDOFF"
 
 const (
-	stopTime  = 10 * time.Second       // what a child has to stop; then it is killed
-	leaveTime = 250 * time.Millisecond // what its busy clients have to hear that it stops
-	crashTime = time.Second            // one that dies sooner is started again after that
-	ready     = "ready: process "      // what a child says when it listens
+	stopTime  = 10 * time.Second  // what a child has to stop; then it is killed
+	crashTime = time.Second       // one that dies sooner is started again after that
+	ready     = "ready: process " // what a child says when it listens
 )
 
 func main() {
@@ -186,62 +184,13 @@ func child(ctx context.Context, addr, path string) error {
 	}()
 	signal.Ignore(syscall.SIGHUP) // a terminal sends it to the children as well
 
-	ln, err := lblisten.Listen("tcp", addr, lblisten.WithHandoff(path))
+	g, err := lblisten.ListenGroup(ctx, "tcp", addr, 1, lblisten.WithHandoff(path))
 	if err != nil {
 		return err
 	}
-	var stopping atomic.Bool
-	var waiting sync.Map // connections that have not been answered
-	srv := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if stopping.Load() {
-				w.Header().Set("Connection", "close") // its client goes to another process
-			}
-			fmt.Fprintln(w, os.Getpid())
-		}),
-		ConnState:         note(&waiting),
-		ReadHeaderTimeout: 5 * time.Second,
-	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(ln) }()
-	fmt.Printf("%s%d on %v\n", ready, os.Getpid(), ln.Addr())
-
-	select {
-	case err := <-served:
-		return err
-	case <-ctx.Done():
-	}
-	// First the listener: the others take over what is queued. Then what has been
-	// accepted, then the server, which closes connections that say nothing.
-	ln.Close()
-	<-served
-	stopping.Store(true)
-	time.Sleep(leaveTime)
-	for deadline := time.Now().Add(stopTime / 2); !isEmpty(&waiting) && time.Now().Before(deadline); {
-		time.Sleep(10 * time.Millisecond)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), stopTime/4)
-	defer cancel()
-	return srv.Shutdown(ctx)
-}
-
-// note keeps in waiting the connections that are new or active.
-func note(waiting *sync.Map) func(net.Conn, http.ConnState) {
-	return func(c net.Conn, state http.ConnState) {
-		switch state {
-		case http.StateNew, http.StateActive:
-			waiting.Store(c, true)
-		default: // idle, closed or hijacked
-			waiting.Delete(c)
-		}
-	}
-}
-
-func isEmpty(m *sync.Map) bool {
-	empty := true
-	m.Range(func(any, any) bool {
-		empty = false
-		return false
-	})
-	return empty
+	fmt.Printf("%s%d on %v\n", ready, os.Getpid(), g.Addr())
+	srv := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintln(w, os.Getpid())
+	})}
+	return lbhttp.Serve(ctx, g, srv, stopTime/2)
 }

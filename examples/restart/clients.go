@@ -31,6 +31,8 @@ type load struct {
 	died     int // failed, because the server that had accepted the connection was killed
 	repeated int // by http.Client, because the connection it had kept was gone
 	first    error
+	answered time.Time       // when the last answer came
+	longest  time.Duration   // without one, since the first
 	pids     map[string]bool // of the servers that answered
 	doomed   map[int]bool    // ports of the clients whose connections a killed server had accepted
 }
@@ -87,6 +89,11 @@ func (l *load) request(client *http.Client) {
 	switch {
 	case err == nil:
 		l.pids[pid] = true
+		now := time.Now()
+		if !l.answered.IsZero() {
+			l.longest = max(l.longest, now.Sub(l.answered))
+		}
+		l.answered = now
 	case l.doomed[port]:
 		delete(l.doomed, port)
 		l.died++

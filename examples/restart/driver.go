@@ -8,11 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+	"text/tabwriter"
 	"time"
 
 	"github.com/lblisten/lblisten"
@@ -25,102 +28,208 @@ const (
 	startTime = 10 * time.Second
 
 	// endTime is how long a server may take to end.
-	endTime = leaveTime + answerTime + shutdownTime + 5*time.Second
+	endTime = grace + 5*time.Second
 
 	// pause is between two restarts.
 	pause = 100 * time.Millisecond
 )
 
-// drive runs the experiment. Its error is why it could not, or that requests
-// failed.
-func drive(ctx context.Context, s settings) error {
-	dir, err := os.MkdirTemp("", "lblisten-restart-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	f := &fleet{path: filepath.Join(dir, "handoff"), kept: s.order == stopStart}
-	defer f.kill()
-	if f.kept {
-		keeping, stop := context.WithCancel(ctx)
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			if err := lblisten.Keep(keeping, f.path); err != nil {
-				fmt.Fprintln(os.Stderr, "restart: the keeper:", err)
-			}
-		}()
-		defer func() {
-			stop()
-			<-ended
-		}()
-	}
+// A way is how servers listen, and who holds their sockets when they go.
+type way struct {
+	name  string
+	order string // "" for one server: it stops, then the next one starts
+	heirs string // what a server must say of who takes over before it may go; "" for nothing
+	fails bool   // and that is no fault
+	begin func(f *fleet) (end func(), err error)
+}
 
-	if err := f.start(ctx); err != nil {
-		return err
+// ways are those of the flags.
+func ways(s settings) []way {
+	if s.processes == 2 {
+		return []way{{name: "handoff, " + s.order, order: s.order, heirs: lblisten.InheritHandoff.String(), begin: useNothing}}
 	}
-	if s.order == oldFirst {
-		if err := f.start(ctx); err != nil {
-			return err
+	all := []way{
+		{name: "lblisten, nobody holds the sockets", fails: true, begin: useNobody},
+		{name: "lblisten with a keeper", heirs: lblisten.InheritHandoff.String(), begin: useKeeper},
+		{name: "lblisten with systemd's stand-in", heirs: lblisten.InheritSystemd.String(), begin: useSystemd},
+	}
+	if s.compare {
+		all = append([]way{{name: "net.Listen", fails: true, begin: useNet}}, all...)
+		all = append(all, way{name: "tableflip", fails: true, begin: useTableflip})
+	}
+	return all
+}
+
+// drive runs the experiment, each way by itself. Its error is why it could not, or that
+// requests failed.
+func drive(ctx context.Context, s settings) error {
+	var failed error
+	rows := [][]string{{"", "restarts", "killed", "requests", "failed", "died", "repeated", "longest pause"}}
+	for _, w := range ways(s) {
+		l, killed, err := try(ctx, s, w)
+		if errors.Is(err, errors.ErrUnsupported) {
+			fmt.Printf("%s: not tried: %v\n", w.name, err)
+			continue
+		} else if err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+		rows = append(rows, []string{w.name, fmt.Sprint(s.restarts), fmt.Sprint(killed), fmt.Sprint(l.requests), fmt.Sprint(l.failures), fmt.Sprint(l.died), fmt.Sprint(l.repeated), fmt.Sprint(l.longest.Round(time.Millisecond))})
+		if l.failures > 0 && !w.fails && failed == nil {
+			failed = fmt.Errorf("%s: %d requests failed, the first one: %w", w.name, l.failures, l.first)
 		}
 	}
-	f.load = startLoad(f.addr, s.clients)
-	begin, killed := time.Now(), 0
+	fmt.Println()
+	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	for _, row := range rows {
+		fmt.Fprintf(out, "%s\t\n", strings.Join(row, "\t"))
+	}
+	out.Flush()
+	fmt.Println("died: with a killed server, which had accepted the connection. repeated: by http.Client, because a connection that it had kept was closed. longest pause: without an answer to any client.")
+	return failed
+}
+
+// try restarts servers under load, in one way.
+func try(ctx context.Context, s settings, w way) (l *load, killed int, err error) {
+	dir, err := os.MkdirTemp("", "lblisten-restart-")
+	if err != nil {
+		return nil, 0, err
+	}
+	defer os.RemoveAll(dir)
+	f := &fleet{way: w, dir: dir, path: filepath.Join(dir, "handoff"), kills: s.kill > 0, startBy: (*exec.Cmd).Start}
+	if f.addr, err = freeAddr(); err != nil {
+		return nil, 0, err
+	}
+	if f.program, err = os.Executable(); err != nil {
+		return nil, 0, err
+	}
+	end, err := w.begin(f)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer end()
+	defer f.kill()
+
+	if err := f.start(ctx); err != nil {
+		return nil, 0, err
+	}
+	if w.order == oldFirst {
+		if err := f.start(ctx); err != nil {
+			return nil, 0, err
+		}
+	}
+	l = startLoad(f.addr, s.clients)
+	f.load = l
 	for i := 1; i <= s.restarts; i++ {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return ctx.Err()
+			return nil, 0, ctx.Err()
 		}
 		kill := s.kill > 0 && i%s.kill == 0
-		if err := f.restart(ctx, s.order, kill); err != nil {
-			return fmt.Errorf("restart %d: %w", i, err)
+		if err := f.restart(ctx, kill); err != nil {
+			return nil, 0, fmt.Errorf("restart %d: %w", i, err)
 		}
-		how := "stopped"
 		if kill {
 			killed++
-			how = "killed"
 		}
 		if i%10 == 0 || i == s.restarts {
-			l := f.load
 			l.mu.Lock()
-			fmt.Printf("restart %d of %d (%s): %d requests, %d failed\n", i, s.restarts, how, l.requests, l.failures)
+			fmt.Printf("%s: restart %d of %d, %d requests, %d failed\n", w.name, i, s.restarts, l.requests, l.failures)
 			l.mu.Unlock()
 		}
 	}
-	took := time.Since(begin)
-	f.load.end() // before the last servers stop, which nobody takes over from
+	l.end() // before the last servers stop, which nobody takes over from
 	for len(f.servers) > 0 {
 		if err := f.stopOldest(); err != nil {
-			return err
+			return nil, 0, err
 		}
 	}
+	return l, killed, nil
+}
 
-	l := f.load
-	fmt.Printf("\n%d restarts (%s, %d of them by SIGKILL) in %.1f s, %d clients\n", s.restarts, s.order, killed, took.Seconds(), s.clients)
-	fmt.Printf("%d requests, answered by %d servers; %d failed\n", l.requests, len(l.pids), l.failures)
-	if s.kill > 0 {
-		fmt.Printf("%d died with the process: it was killed when it had accepted the connection\n", l.died)
+// signalTo sends a signal to a process.
+func signalTo(pid int, sig os.Signal) error {
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return err
 	}
-	fmt.Printf("%d were repeated by http.Client, because a connection that it had kept was closed\n", l.repeated)
-	if l.failures > 0 {
-		return fmt.Errorf("%d requests failed, the first one: %w", l.failures, l.first)
+	return p.Signal(sig)
+}
+
+// freeAddr is an address that nobody listens on.
+func freeAddr() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
 	}
-	return nil
+	defer ln.Close()
+	return ln.Addr().String(), nil
 }
 
 // A fleet is the servers that run, the oldest first.
 type fleet struct {
+	way
+	dir     string
 	path    string // of the handoff
-	kept    bool   // there is a keeper
 	addr    string
+	env     []string // of the servers
 	servers []*server
 	load    *load
+
+	program string                    // of the servers
+	kills   bool                      // some are killed
+	flips   bool                      // SIGHUP has a server replace itself; all of them have one standard output
+	startBy func(cmd *exec.Cmd) error // starts a process
+}
+
+func useNothing(f *fleet) (end func(), err error) { return func() {}, nil }
+
+func useNobody(f *fleet) (end func(), err error) {
+	f.env = []string{wayVariable + "=alone"}
+	return func() {}, nil
+}
+
+func useNet(f *fleet) (end func(), err error) {
+	f.env = []string{wayVariable + "=net"}
+	return func() {}, nil
+}
+
+// useTableflip has the server of examples/more/tableflip, which has dependencies of its own,
+// and replaces itself when it is told to.
+func useTableflip(f *fleet) (end func(), err error) {
+	program := filepath.Join(f.dir, "tableflip")
+	if f.kills {
+		return nil, fmt.Errorf("what a killed successor had accepted isn't known: %w", errors.ErrUnsupported)
+	}
+	build := exec.Command("go", "build", "-C", "examples/more", "-o", program, "./tableflip")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("%w: go %v, from the root of the repository: %v: %s", errors.ErrUnsupported, build.Args[1:], err, out)
+	}
+	f.program, f.flips = program, true
+	return func() {}, nil
+}
+
+func useKeeper(f *fleet) (end func(), err error) {
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := lblisten.Keep(ctx, f.path); err != nil {
+			fmt.Fprintln(os.Stderr, "restart: the keeper:", err)
+		}
+	}()
+	return func() {
+		stop()
+		<-ended
+	}, nil
 }
 
 // restart replaces the oldest server.
-func (f *fleet) restart(ctx context.Context, order string, kill bool) error {
-	if order == newFirst {
+func (f *fleet) restart(ctx context.Context, kill bool) error {
+	if f.flips {
+		return f.flip(ctx)
+	}
+	if f.order == newFirst {
 		if err := f.start(ctx); err != nil {
 			return err
 		}
@@ -132,33 +241,49 @@ func (f *fleet) restart(ctx context.Context, order string, kill bool) error {
 	} else if err := f.stopOldest(); err != nil {
 		return err
 	}
-	if order != newFirst {
+	if f.order != newFirst {
 		return f.start(ctx)
 	}
 	return nil
 }
 
-// start starts a server and returns when it is ready and, if there are others or a
-// keeper, holds their sockets, and they its.
-func (f *fleet) start(ctx context.Context) error {
-	addr := f.addr
-	if addr == "" {
-		addr = "127.0.0.1:0" // the first server chooses the port
+// flip has a server replace itself.
+func (f *fleet) flip(ctx context.Context) error {
+	s := f.servers[0]
+	if err := signalTo(s.pid, hangup); err != nil {
+		return err
 	}
-	s, err := startServer(addr, f.path)
+	return f.awaitReady(ctx, s)
+}
+
+// awaitReady returns when a server is ready.
+func (f *fleet) awaitReady(ctx context.Context, s *server) error {
+	rest, err := s.hear(ctx, readyLine, func(string) bool { return true })
+	if err != nil {
+		return fmt.Errorf("starting a server: %w", err)
+	}
+	s.pid = s.cmd.Process.Pid
+	if _, pid, ok := strings.Cut(rest, ", pid "); ok {
+		s.pid, err = strconv.Atoi(pid)
+	}
+	return err
+}
+
+// start starts a server and returns when it is ready and, if that is what it is about,
+// whoever takes over from it is there.
+func (f *fleet) start(ctx context.Context) error {
+	s, err := f.startOne()
 	if err != nil {
 		return fmt.Errorf("starting a server: %w", err)
 	}
 	f.servers = append(f.servers, s)
-	if f.addr, err = s.hear(ctx, readyLine, func(string) bool { return true }); err != nil {
-		return fmt.Errorf("starting a server: %w", err)
+	if err := f.awaitReady(ctx, s); err != nil {
+		return err
 	}
-	if len(f.servers) == 1 && !f.kept {
+	if f.heirs == "" || f.order != "" && len(f.servers) == 1 {
 		return nil
 	}
-	_, err = s.hear(ctx, heirsLine, func(heirs string) bool {
-		return strings.Contains(heirs, lblisten.InheritHandoff.String())
-	})
+	_, err = s.hear(ctx, heirsLine, func(heirs string) bool { return strings.Contains(heirs, f.heirs) })
 	if err != nil {
 		return fmt.Errorf("nobody else holds the sockets of a new server: %w", err)
 	}
@@ -168,7 +293,7 @@ func (f *fleet) start(ctx context.Context) error {
 // stopOldest stops the oldest server and returns when it is gone.
 func (f *fleet) stopOldest() error {
 	s := f.servers[0]
-	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := signalTo(s.pid, syscall.SIGTERM); err != nil {
 		return fmt.Errorf("stopping a server: %w", err)
 	}
 	if err := s.awaitEnd(); err != nil {
@@ -209,17 +334,15 @@ func (f *fleet) kill() {
 // A server is a server process as the driver sees it.
 type server struct {
 	cmd   *exec.Cmd
+	pid   int           // of the process, or of the one that has replaced it
 	lines chan string   // its standard output
 	ended chan struct{} // the process is gone
 }
 
-func startServer(addr, path string) (*server, error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	s := &server{cmd: exec.Command(exe), lines: make(chan string, 1000), ended: make(chan struct{})}
-	s.cmd.Env = append(os.Environ(), addrVariable+"="+addr, handoffVariable+"="+path, drivenVariable+"=1")
+func (f *fleet) startOne() (*server, error) {
+	s := &server{cmd: exec.Command(f.program), lines: make(chan string, 1000), ended: make(chan struct{})}
+	s.cmd.Env = append(os.Environ(), addrVariable+"="+f.addr, handoffVariable+"="+f.path, drivenVariable+"=1")
+	s.cmd.Env = append(s.cmd.Env, f.env...)
 	s.cmd.Stderr = os.Stderr
 	s.cmd.SysProcAttr = child.DieWithParent
 	if _, err := s.cmd.StdinPipe(); err != nil { // closed with the driver
@@ -229,7 +352,7 @@ func startServer(addr, path string) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.cmd.Start(); err != nil {
+	if err := f.startBy(s.cmd); err != nil {
 		return nil, err
 	}
 	go s.read(out)

@@ -16,7 +16,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"flag"
 	"fmt"
 	"math/big"
@@ -24,22 +23,15 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/lblisten/lblisten"
+	"github.com/lblisten/lblisten/lbhttp"
 )
 
-// leaveTime is how long clients that are busy on a connection have to hear that it
-// ends, answerTime how long a stopping server then waits for its open connections,
-// and shutdownTime how long for its idle ones.
-const (
-	leaveTime    = 250 * time.Millisecond
-	answerTime   = 10 * time.Second
-	shutdownTime = 5 * time.Second
-)
+// grace is how long a stopping server waits for its connections.
+const grace = 15 * time.Second
 
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8443", "`address` to listen on")
@@ -71,54 +63,21 @@ func serve(addr string, n int, certFile, keyFile, handoff string) error {
 		return err
 	}
 
-	var stopping atomic.Bool
-	waiting := &connections{open: make(map[net.Conn]bool)}
 	srv := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if stopping.Load() {
-				w.Header().Set("Connection", "close") // in HTTP/2 the client gets a GOAWAY
-			}
 			time.Sleep(5 * time.Millisecond) // work
 			fmt.Fprintln(w, r.Proto, "by process", os.Getpid())
 		}),
 		TLSConfig:         config,
-		ConnState:         waiting.note,
 		ReadHeaderTimeout: 5 * time.Second,
 	}
-	served := make(chan error, 1)
-	go func() {
-		served <- g.Serve(func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") })
-	}()
 	fmt.Printf("ready on https://%v\n", g.Addr())
-
-	select {
-	case err := <-served:
-		return err
-	case <-ctx.Done():
-	}
-	stop() // a second signal ends the program at once
-
-	// First the listeners: another process takes over what is queued, and what comes.
-	// Then what has been accepted, then the server. Shutdown alone would close
-	// connections that have come and not said anything yet.
-	g.Close()
-	<-served // no Accept returns any more
-	stopping.Store(true)
-	time.Sleep(leaveTime)
-	waiting.end(answerTime)
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
-	defer cancel()
-	if err := srv.Shutdown(ctx); err != nil {
-		return errors.Join(fmt.Errorf("shutting down: %w", err), srv.Close())
-	}
-	return nil
+	return lbhttp.ServeTLS(ctx, g, srv, "", "", grace)
 }
 
-// newConfig has the certificate, and the keys of session tickets. ServeTLS copies
-// the configuration for each listener, and without keys each copy would make its
-// own: a client that comes back, to another accept loop, could not resume its
-// session. (For it to resume in another process too, give all of them the same
-// keys, and new ones every day.)
+// newConfig has the certificate. The accept loops share the keys of session tickets, which
+// are made anew every day; for a client to resume its session in another process too, give
+// all of them the same keys.
 func newConfig(certFile, keyFile string) (*tls.Config, error) {
 	var cert tls.Certificate
 	var err error
@@ -127,16 +86,7 @@ func newConfig(certFile, keyFile string) (*tls.Config, error) {
 	} else {
 		cert, err = newCertificate()
 	}
-	if err != nil {
-		return nil, err
-	}
-	config := &tls.Config{Certificates: []tls.Certificate{cert}}
-	var ticketKey [32]byte
-	if _, err := rand.Read(ticketKey[:]); err != nil {
-		return nil, err
-	}
-	config.SetSessionTicketKeys([][32]byte{ticketKey})
-	return config, nil
+	return &tls.Config{Certificates: []tls.Certificate{cert}}, err
 }
 
 // newCertificate makes one for this machine, which only a client that is told to
@@ -156,34 +106,4 @@ func newCertificate() (tls.Certificate, error) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
-}
-
-// connections are those that wait for an answer.
-type connections struct {
-	mu   sync.Mutex
-	open map[net.Conn]bool // guarded by mu
-}
-
-// note is for http.Server.ConnState.
-func (cs *connections) note(c net.Conn, state http.ConnState) {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	switch state {
-	case http.StateNew, http.StateActive:
-		cs.open[c] = true
-	default: // idle, closed or hijacked
-		delete(cs.open, c)
-	}
-}
-
-// end waits until there are none, for the time at most.
-func (cs *connections) end(most time.Duration) {
-	for deadline := time.Now().Add(most); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		cs.mu.Lock()
-		n := len(cs.open)
-		cs.mu.Unlock()
-		if n == 0 {
-			return
-		}
-	}
 }

@@ -1,0 +1,6 @@
+//go:build !unix
+
+// Tableflip is for systems that can pass descriptors.
+package main
+
+func main() {}
