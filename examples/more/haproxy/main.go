@@ -68,9 +68,17 @@ func serve(addr string, n int, opt lblisten.Option) error {
 // without one for an error. Whoever can connect can claim any address: let nobody
 // but the proxy do so.
 func behindProxy(ln net.Listener) net.Listener {
-	return &proxyproto.Listener{
+	return listener{&proxyproto.Listener{
 		Listener:          ln,
 		Policy:            func(net.Addr) (proxyproto.Policy, error) { return proxyproto.REQUIRE, nil },
 		ReadHeaderTimeout: 5 * time.Second,
-	}
+	}}
+}
+
+// A listener has the SetDeadline that go-proxyproto's lacks: with it Dispatch can interrupt
+// an Accept, and need not close a connection that comes at the end.
+type listener struct{ *proxyproto.Listener }
+
+func (l listener) SetDeadline(t time.Time) error {
+	return l.Listener.Listener.(*lblisten.Listener).SetDeadline(t)
 }
