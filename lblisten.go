@@ -42,8 +42,8 @@
 // closes, or the process dies, queued connections are reset by the kernel, unless another
 // process inherits them: by [WithHandoff], on any unix and without privilege, or by
 // the kernel itself, as DragonFly's does, and that of Linux as below. A service of one
-// process, which is stopped and then started, loses nothing while a keeper holds its
-// sockets: see [Keep].
+// process, which is stopped and then started, loses nothing while systemd or a keeper
+// holds its sockets: see [WithSystemd] and [Keep].
 //
 // # Which privilege buys what
 //
@@ -77,19 +77,21 @@
 //
 // Processes share an address if they are in one network namespace and of one user:
 // two containers of a pod are, two pods aren't. For WithHandoff they need a common
-// directory too, such as one in a volume of the pod, or in systemd's RuntimeDirectory=. A
-// socket that systemd has opened (socket activation) is balanced in this process by
-// [Dispatch]. macOS and Windows balance nothing, so members are the dispatcher's; a
-// second process on an address is EADDRINUSE there, on macOS but with WithHandoff.
+// directory too, such as one in a volume of the pod, or in systemd's RuntimeDirectory=.
+// [WithSystemd] takes sockets that systemd has opened (socket activation), and has systemd
+// keep those that Listen opens. macOS and Windows balance nothing, so members are the
+// dispatcher's; a second process on an address is EADDRINUSE there, on macOS but with
+// WithHandoff.
 //
 // # How do I restart without downtime
 //
-// With WithHandoff and a keeper in any order: stop the old process, start the new one.
-// Without a keeper, start the new one first, and when its Listen has returned, end the old
-// one; while a third process lives the old one may go first. A process that ends
-// should close its listeners first, answer what it has accepted, and then exit;
-// examples/restart does so. Without a keeper, and if the last process ends before the next
-// has returned from Listen, queued connections are reset, and new ones refused.
+// With WithSystemd: systemctl restart. With WithHandoff and a keeper: stop the old process,
+// start the new one. Without a keeper, start the new one first, and when its Listen has
+// returned, end the old one; while a third process lives the old one may go first. A
+// process that ends should close its listeners first, answer what it has accepted, and then
+// exit: package lbhttp does that for an http.Server. If nobody holds the sockets when the
+// last process ends, queued connections are reset, and new ones refused until the next one
+// has returned from Listen.
 //
 // # Errors
 //
