@@ -239,7 +239,8 @@ type Stats struct {
 	Accepted uint64 // connections that Accept has returned
 
 	// Inherited are those of them that came through a socket which a closed member or
-	// another process had owned, until a new member adopts it.
+	// another process had owned, until a new member adopts it, and for a minute at the
+	// most: in a steady service it stays what it is.
 	Inherited uint64
 
 	// Queued connections are established and no Accept has returned them yet: those

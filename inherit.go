@@ -40,6 +40,10 @@ var (
 	pollEvery = 10 * time.Millisecond
 )
 
+// inheritedFor is how long connections of a shared socket count as inherited: it is one of
+// the service's then, whether a new member adopts it or not.
+var inheritedFor = time.Minute
+
 // began is what a watch counts from: a clock that is set changes nothing.
 var began = time.Now()
 
@@ -50,7 +54,8 @@ type watch struct {
 	finish func(net.Conn)        // what its connections need, nil for nothing
 	of     atomic.Pointer[owner] // whose companion it is; nil for any other
 
-	used  atomic.Int64  // when it was shared, or taken from last: ns since began
+	since atomic.Int64  // when it was shared: ns since began
+	used  atomic.Int64  // and when it was taken from last, or shared
 	ready atomic.Bool   // a connection is queued; counted in a.ready
 	rearm chan struct{} // the socket was found empty
 	quit  chan struct{} // closed by stop
@@ -80,7 +85,8 @@ func (a *address) shareLocked(more ...*watch) {
 	shared := append(slices.Clone(*a.shared.Load()), more...)
 	marked := make([]bool, len(more))
 	for i, w := range more {
-		w.used.Store(int64(time.Since(began)))
+		w.since.Store(int64(time.Since(began)))
+		w.used.Store(w.since.Load())
 		if marked[i] = w.s.readable(); marked[i] {
 			w.mark()
 		}
@@ -185,8 +191,11 @@ func (w *watch) isRenamed() bool {
 	})
 }
 
-// isInherited tells whether a closed member, or another process, has left the socket.
-func (w *watch) isInherited() bool { return w.of.Load() == nil }
+// isInherited tells whether a closed member, or another process, has left the socket, and
+// not long ago.
+func (w *watch) isInherited() bool {
+	return w.of.Load() == nil && time.Since(began)-time.Duration(w.since.Load()) < inheritedFor
+}
 
 // mark marks the socket as ready.
 func (w *watch) mark() {

@@ -374,3 +374,27 @@ func TestResetBeforeAccept(t *testing.T) {
 		require.LessOrEqual(t, int(accepted.Load()), 2*n)
 	})
 }
+
+// What comes through a closed member's socket counts as inherited for a while, although
+// nobody adopts it: a service that has been restarted is a steady one again.
+func TestInheritedEnds(t *testing.T) {
+	if !alone(t) {
+		return
+	}
+	modes[0].need(t)
+	inheritedFor = limit(200 * time.Millisecond)
+	_, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", modes[0].opt)
+	inherited := func() uint64 {
+		begin := ls[0].Stats().Inherited
+		for range 40 {
+			c := dialTest(t, ls[0].Addr())
+			require.NoError(t, acceptWithin(t, ls[0]).Close())
+			c.Close()
+		}
+		return ls[0].Stats().Inherited - begin
+	}
+	require.NoError(t, ls[1].Close())
+	require.NotZero(t, inherited())
+	time.Sleep(inheritedFor)
+	require.Zero(t, inherited())
+}

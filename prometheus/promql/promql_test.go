@@ -193,6 +193,14 @@ func TestAlerts(t *testing.T) {
 		{"a handoff that is back", "LblistenHandoffLost",
 			`lblisten_listener_info{instance="a", on_kill="handoff", ` + at + `} 1x10 stale _x10 1x10
 			 lblisten_listener_info{instance="a", on_kill="none", ` + at + `} _x10 1x10 stale`, ""},
+		{"systemd that keeps nothing any more", "LblistenHandoffLost",
+			`lblisten_listener_info{instance="a", on_kill="systemd", ` + at + `} 1x20
+			 lblisten_listener_info{instance="a", on_kill="none", ` + at + `} _x20 1x10`,
+			`{instance="a", ` + at + `} 1`},
+		{"nobody", "LblistenNobodyTakesOver",
+			`lblisten_listener_info{instance="a", on_kill="none", ` + at + `} 1x30
+			 lblisten_listener_info{instance="b", on_kill="systemd", ` + at + `} 1x30`,
+			`{instance="a", ` + at + `} 1`},
 		{"who never had one", "LblistenHandoffLost",
 			`lblisten_listener_info{instance="a", on_kill="none", ` + at + `} 1x30`, ""},
 	} {
