@@ -34,7 +34,7 @@ var slow = func() float64 {
 }()
 
 // hurry is by how much counts, and the times for which tests go on, are divided with
-// -short. The processes that tests start have it from their parent's environment.
+// -short, and with the race detector. The processes that tests start have it from their parent's environment.
 var hurry = 1.0
 
 const hurryVariable, hurryMost = "LBLISTEN_TEST_SHORT", 6
@@ -94,6 +94,9 @@ func isBeside(t testing.TB) bool {
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if raceDetector { // a race shows in half as many rounds, and each takes several times as long
+		hurry = 2
+	}
 	if testing.Short() || os.Getenv(hurryVariable) != "" {
 		hurry = hurryMost
 		os.Setenv(hurryVariable, "1")

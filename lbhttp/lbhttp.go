@@ -37,8 +37,10 @@ import (
 const (
 	// idleTime is how long a connection must have been idle to be closed. A client that
 	// is busy on it sends its next request sooner, and is answered with "Connection:
-	// close"; a POST that meets a closing connection is not tried again.
+	// close"; a POST that meets a closing connection is not tried again. It is longTime
+	// where nobody waits for this process to end, because others accept.
 	idleTime = 250 * time.Millisecond
+	longTime = time.Second
 
 	// queueTime is the longest time for which the queue is emptied, if nobody takes it
 	// over; and a quarter of the grace.
@@ -58,7 +60,8 @@ const (
 //     close" in HTTP/1, a GOAWAY in HTTP/2.
 //   - It waits until all requests are answered, also the first ones of connections that
 //     have sent none yet, whose TLS handshake may not be over either, and until what is
-//     left has been idle for 250 ms.
+//     left has been idle for a second, or for 250 ms if only systemd takes over, or nobody:
+//     new clients wait then.
 //   - Then it calls srv.Shutdown.
 //
 // All of that takes grace at the most; what is open then is closed, and the error wraps
@@ -100,7 +103,7 @@ func shareTickets(srv *http.Server) {
 }
 
 func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration, serveOn func(net.Listener) error) error {
-	s := &stopper{conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
+	s := &stopper{idle: idleTime, conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
 	s.wrap(srv)
 	tell(srv, "READY=1")
 	served := make(chan error, 1)
@@ -118,8 +121,11 @@ func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.
 		late, stop = context.WithTimeout(late, max(grace, 0))
 		defer stop()
 	}
-	if !isInherited(g) {
+	switch heirs := heirsOf(g); {
+	case heirs == 0:
 		empty(late, g, grace)
+	case heirs != lblisten.InheritSystemd:
+		s.idle = longTime
 	}
 	g.Close()
 	s.stopping.Store(true)
@@ -144,14 +150,13 @@ func tell(srv *http.Server, what string) {
 	}
 }
 
-// isInherited tells whether somebody takes over the queue when the group closes.
-func isInherited(g *lblisten.Group) bool {
+// heirsOf tells who takes over the queue when the group closes.
+func heirsOf(g *lblisten.Group) lblisten.Inheritance {
 	info := g.Info()
-	heirs := info.OnClose
 	if info.Members <= len(g.Listeners()) { // these don't inherit from each other
-		heirs &^= lblisten.InheritProcess
+		return info.OnClose &^ lblisten.InheritProcess
 	}
-	return heirs != 0
+	return info.OnClose
 }
 
 // empty returns when nothing is queued, or it is time.
@@ -180,6 +185,7 @@ func empty(late context.Context, g *lblisten.Group, grace time.Duration) {
 // A stopper knows the connections of a server.
 type stopper struct {
 	stopping atomic.Bool
+	idle     time.Duration // how long a connection must have been idle; set before wait
 
 	mu      sync.Mutex // guards conns
 	conns   map[net.Conn]conn
@@ -259,7 +265,7 @@ func (s *stopper) look() (busy bool, next time.Duration) {
 	for _, c := range s.conns {
 		if c.state != http.StateIdle {
 			busy = true
-		} else if left := idleTime - time.Since(c.since); left > 0 {
+		} else if left := s.idle - time.Since(c.since); left > 0 {
 			busy, next = true, min(next, left)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"flag"
 	"fmt"
 	"io"
 	stdlog "log"
@@ -36,9 +37,9 @@ var slow = func() float64 {
 
 func limit(d time.Duration) time.Duration { return time.Duration(float64(d) * slow) }
 
-// count is n on a usual machine, less on a slow one and with -short.
+// count is n on a usual machine, less on a slow one, with -short and with the race detector.
 func count(n, least int) int {
-	if testing.Short() {
+	if testing.Short() || raceDetector {
 		n /= 6
 	}
 	return max(least, int(float64(n)/slow))
@@ -48,6 +49,12 @@ func TestMain(m *testing.M) {
 	if work := os.Getenv("LBHTTP_TEST_WORKER"); work != "" {
 		worker(work)
 		return
+	}
+	flag.Parse()
+	asked := false
+	flag.Visit(func(f *flag.Flag) { asked = asked || f.Name == "test.parallel" })
+	if !asked {
+		flag.Set("test.parallel", "12") // they wait, and need no processor each
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -211,7 +218,7 @@ func TestEndsSoon(t *testing.T) {
 	for range 10 {
 		get(t, newClient(t, nil, false), "http://"+r.addr)
 	}
-	time.Sleep(2 * idleTime)
+	time.Sleep(longTime + idleTime)
 	begin := time.Now()
 	require.NoError(t, r.stop())
 	require.Less(t, time.Since(begin), limit(idleTime))

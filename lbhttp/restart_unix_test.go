@@ -124,41 +124,40 @@ func handoffPath(t testing.TB) string {
 
 // Two processes are restarted in turn under load: the new one first, or the old one.
 func TestRestartsOfProcesses(t *testing.T) {
-	for _, kind := range []struct {
-		secure, h2, oldFirst bool
-		takes                time.Duration
-	}{
-		{false, false, false, 5 * time.Millisecond},
-		{false, false, true, 200 * time.Millisecond},
-		{true, false, true, 5 * time.Millisecond},
-		{true, true, false, 5 * time.Millisecond},
-		{true, true, true, 200 * time.Millisecond},
-	} {
-		t.Run(fmt.Sprintf("%+v", kind), func(t *testing.T) {
-			t.Parallel()
-			j := job{Addr: "127.0.0.1:0", Handoff: handoffPath(t), Secure: kind.secure, Takes: kind.takes, Grace: limit(20 * time.Second)}
-			var two [2]*process
-			for i := range two {
-				two[i] = startProcess(t, (*exec.Cmd).Start, j)
-				j.Addr = two[i].addr
+	for _, kind := range []struct{ secure, h2 bool }{{false, false}, {true, false}, {true, true}} {
+		for _, takes := range []time.Duration{5 * time.Millisecond, 200 * time.Millisecond} {
+			for _, oldFirst := range []bool{false, true} {
+				t.Run(fmt.Sprintf("TLS %v, HTTP2 %v, %v, old first %v", kind.secure, kind.h2, takes, oldFirst), func(t *testing.T) {
+					t.Parallel()
+					restartInTurn(t, kind.secure, kind.h2, oldFirst, takes)
+				})
 			}
-			d := startLoad(t, j.Addr, 4, kind.secure, kind.h2)
-			n := count(20, 3)
-			for i := range n {
-				old := two[i%2]
-				if kind.oldFirst {
-					old.stop()
-				}
-				two[i%2] = startProcess(t, (*exec.Cmd).Start, j)
-				if !kind.oldFirst {
-					old.stop()
-				}
-				time.Sleep(limit(20 * time.Millisecond))
-			}
-			t.Logf("%d restarts", n)
-			d.end()
-		})
+		}
 	}
+}
+
+func restartInTurn(t *testing.T, secure, h2, oldFirst bool, takes time.Duration) {
+	j := job{Addr: "127.0.0.1:0", Handoff: handoffPath(t), Secure: secure, Takes: takes, Grace: limit(20 * time.Second)}
+	var two [2]*process
+	for i := range two {
+		two[i] = startProcess(t, (*exec.Cmd).Start, j)
+		j.Addr = two[i].addr
+	}
+	d := startLoad(t, j.Addr, 4, secure, h2)
+	n := count(20, 3)
+	for i := range n {
+		old := two[i%2]
+		if oldFirst {
+			old.stop()
+		}
+		two[i%2] = startProcess(t, (*exec.Cmd).Start, j)
+		if !oldFirst {
+			old.stop()
+		}
+		time.Sleep(limit(20 * time.Millisecond))
+	}
+	t.Logf("%d restarts", n)
+	d.end()
 }
 
 // A server is restarted while clients are in the middle of their TLS handshake, and go
