@@ -2,17 +2,14 @@
 
 package lblisten
 
-// The keeper: a process that holds the pool and accepts nothing. And the observer,
-// which looks what is in a directory, and is nobody's peer.
+// The observer, which looks what is in the directory of a handoff, and is nobody's peer:
+// for lbkeep -check.
 
 import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -20,65 +17,7 @@ import (
 	"github.com/lblisten/lblisten/internal/keeper"
 )
 
-func init() { keeper.Keep, keeper.Look = keep, lookInto }
-
-// keep is Keep. An address without processes is kept for a while, 0 for ever.
-func keep(ctx context.Context, path string, while time.Duration, log *slog.Logger) error {
-	if filepath.IsAbs(path) {
-		path = filepath.Clean(path)
-	}
-	h, err := openHandoff(path, log, nil)
-	if err != nil {
-		return fmt.Errorf("lblisten: Keep: %w", err)
-	}
-	defer h.close()
-	h.setKeeper(1, while)
-	h.mu.Lock()
-	h.sayLocked(log, news, "this process keeps the sockets of the handoff", "path", path, "processes", len(h.links))
-	h.mu.Unlock()
-	<-ctx.Done()
-	// Another keeper, which may have come an instant ago, is to have everything.
-	h.await(context.Background(), exchangeTime, func() bool {
-		for x, peer := range h.pool.peers {
-			if peer.keeper && !peer.silent && !h.pool.hasAll(x) {
-				return false
-			}
-		}
-		return len(h.dialing) == 0
-	})
-	h.setKeeper(-1, while)
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(h.pool.peers) == 0 { // what it alone keeps ends, as with its last listener
-		for _, s := range h.pool.sockets {
-			if !s.mine && !h.pool.on[s.at] {
-				h.removeFileOf(s)
-			}
-		}
-	}
-	return nil
-}
-
-// removeFileOf removes the file of a unix socket that nobody is left for, as its last
-// listener does.
-func (h *handoff) removeFileOf(s *pooled) {
-	if s.file != (fileKey{}) && lookAtFile(s.at) == s.file {
-		os.Remove(s.at.host)
-	}
-}
-
-// setKeeper counts calls of Keep.
-func (h *handoff) setKeeper(more int, while time.Duration) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.keepers += more
-	h.keepFor, h.pool.keeper = while, h.keepers > 0
-	f := frame{kind: frameKeeper}
-	if h.pool.keeper {
-		f.flags = flagOK
-	}
-	h.tellLocked(f)
-}
+func init() { keeper.Look = lookInto }
 
 // showObserver tells an observer everything, until it goes.
 func (h *handoff) showObserver(l *link, r *frameReader) error {
