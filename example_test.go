@@ -348,13 +348,40 @@ func ExampleWithHandoff() {
 		return
 	}
 	defer os.RemoveAll(dir)
-	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(filepath.Join(dir, "lb.sock")))
+	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithHandoff(filepath.Join(dir, "handoff")))
 	if errors.Is(err, lblisten.ErrUnsupported) {
 		fmt.Println("this system passes no descriptors:", err)
 		return
 	}
 	if err == nil {
 		ln.Close()
+	}
+}
+
+// The unit of the service has FileDescriptorStoreMax=64.
+func ExampleWithSystemd() {
+	ln, err := lblisten.Listen("tcp", "127.0.0.1:0", lblisten.WithSystemd())
+	if errors.Is(err, lblisten.ErrUnsupported) {
+		fmt.Println("this system has no systemd:", err)
+		return
+	}
+	if err == nil {
+		ln.Close()
+	}
+}
+
+// A program that outlives the processes of a service holds their sockets meanwhile.
+func ExampleKeep() {
+	dir, err := os.MkdirTemp("", "lb") // a service has one of its own, as /run/app
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer os.RemoveAll(dir)
+	ctx, stop := context.WithCancel(context.Background())
+	stop() // when the program ends
+	if err := lblisten.Keep(ctx, filepath.Join(dir, "handoff")); errors.Is(err, lblisten.ErrUnsupported) {
+		fmt.Println("this system passes no descriptors:", err)
 	}
 }
 

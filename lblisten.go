@@ -141,7 +141,8 @@ func ListenContext(ctx context.Context, network, address string, opts ...Option)
 }
 
 // ListenGroup opens n members of one address at once, n from 1 to 32768. It
-// implies WithLB. Where the kernel balances that needs n file descriptors.
+// implies WithLB. Where the kernel balances that needs n file descriptors. The context is
+// for opening only, as that of ListenContext: when it ends later, the group stays.
 func ListenGroup(ctx context.Context, network, address string, n int, opts ...Option) (*Group, error) {
 	cfg, err := newConfig(append([]Option{WithLB()}, opts...))
 	if err == nil {

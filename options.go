@@ -21,7 +21,8 @@ func canDispatch(s Steering, network string) error {
 	return nil
 }
 
-// An Option changes what Listen, ListenContext, ListenGroup or Dispatch do.
+// An Option changes what Listen, ListenContext, ListenGroup, Dispatch or Keep do. Of an
+// option that is given twice the last one counts.
 type Option struct {
 	name  string
 	apply func(*config)
@@ -76,39 +77,20 @@ func WithReusePort() Option {
 	return Option{"WithReusePort", func(c *config) { c.reusePort = true }}
 }
 
-// WithSteering is WithLB, with connections spread by s. The default is
-// [SteerFlow]. All members of a group must ask for the same. What cannot be had
-// is [ErrUnsupported].
+// WithSteering is WithLB, with connections spread by s. The default is [SteerFlow]. All
+// members of a group must ask for the same. Given twice, the last one counts.
 //
-// By the dispatcher, for which [WithDispatcher] asks:
+//   - SteerSource: a client address keeps its member. By the kernel on Linux, without
+//     privilege; by the dispatcher everywhere, which waits at most 100 ms for a busy member.
+//   - SteerLoad: the member with less to do. By the kernel on Linux with CAP_BPF, of two
+//     members the one with the shorter queue, which costs a goroutine; by the dispatcher
+//     the member that has waited in Accept for longest.
+//   - SteerCPU: the member of the CPU that received the connection, on Linux from 6.2.
 //
-//   - SteerSource waits at most 100 ms for a busy member, for at most 16
-//     connections at a time, which are held in the process meanwhile; then the
-//     next in rank takes the connection. Connections without a TCP address
-//     (unix sockets) have no source: ErrUnsupported.
-//   - SteerLoad prefers the member that has waited in Accept for longest.
-//   - SteerCPU is ErrUnsupported.
-//
-// By the kernel, on Linux only:
-//
-//   - SteerSource takes no privilege. With CAP_BPF the kernel inherits as well;
-//     without, a classic BPF program has the place of the one for that.
-//   - SteerLoad takes CAP_BPF. Of two members that a connection's flow ranks first,
-//     the one with the shorter queue gets it. The queues are looked at every ms
-//     while there is traffic, which costs a goroutine.
-//   - SteerCPU (from Linux 6.2, no privilege) gives every socket a CPU, and a
-//     connection goes to the one of the CPU that received it.
-//
-// By source and load a program names the sockets that get something. It is in
-// force only while all sockets of the address in the kernel's group are this
-// process's, as it would starve the others: Listen fails if there are others,
-// and when some join later the program is taken off within a second. Info then
-// says SteerFlow, with the Reason. Both are for at most 1024 members: the next one
-// is [ErrGroupFull]. With CAP_BPF sockets that closed members have left, and that no
-// new member adopts, are closed when they have been quiet for three seconds.
-//
-// A reuseport program that Control attaches is left alone: nothing else is attached
-// then, and steering by source and load are ErrUnsupported.
+// What cannot be had is [ErrUnsupported]; what isn't in force any more, because other
+// processes have joined the address, is in [Info].Steering and Reason. Steering by source
+// and load is for at most 1024 members; the next one is [ErrGroupFull]. A reuseport program
+// that Control attaches is left alone. docs/steering.md says which to choose.
 func WithSteering(s Steering) Option {
 	return Option{"WithSteering", func(c *config) { c.lb, c.steering = true, s }}
 }
@@ -118,7 +100,7 @@ func WithSteering(s Steering) Option {
 // The system silently cuts n to its maximum (Linux net.core.somaxconn, FreeBSD
 // kern.ipc.soacceptqueue); Stats.Backlog tells what is in force. The
 // dispatcher's members share one socket, and the last one that asks decides.
-// Only unix systems can: [ErrUnsupported] elsewhere.
+// Only unix systems can: [ErrUnsupported] elsewhere. Given twice, the last one counts.
 func WithBacklog(n int) Option {
 	return Option{"WithBacklog", func(c *config) { c.backlog = &n }}
 }
@@ -136,7 +118,7 @@ func WithBacklog(n int) Option {
 // after Control; its connections have exactly what package net would have given
 // them. A member that adopts a closed member's socket finds it open already: of
 // its lc the keep-alive is used, but not Control. One that joins the
-// dispatcher's socket uses nothing of lc.
+// dispatcher's socket uses nothing of lc. Given twice, the last one counts.
 func WithListenConfig(lc net.ListenConfig) Option {
 	return Option{"WithListenConfig", func(c *config) { c.lc = lc }}
 }
@@ -149,45 +131,31 @@ func WithListenConfig(lc net.ListenConfig) Option {
 // [ErrUnsupported] on other systems and where the kernel doesn't balance.
 //
 // The program's type is BPF_PROG_TYPE_SK_REUSEPORT, its expected attach type
-// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
+// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one. Given twice, the last one
+// counts.
 func WithPinnedProgram(path string) Option {
 	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned = true, &path }}
 }
 
 // WithHandoff is WithLB, and lets the processes of this user that name the same directory
-// inherit each other's sockets, so that a restart, a crash or a kill of any of them loses
-// no queued connection. It takes no privilege, no parent process and no supervisor. Each
-// process holds a duplicate of every listening socket of the others; when one goes away,
-// however it goes, the others accept from its sockets at once, and the next process that
-// listens adopts them. Where the kernel doesn't balance, all processes accept from one
-// socket, so several can have one address there too. Several addresses may use one path.
+// inherit each other's sockets: a restart, a crash or a kill of any of them loses no queued
+// connection. It takes no privilege, no parent process and no supervisor. While a keeper
+// lives (see [Keep]) that is so of a service of one process, too.
 //
 // The path is that of a directory, from the root, of at most some 85 bytes. It is made with
 // mode 0700 if it isn't there (its parent must be); otherwise it must belong to this user
-// with mode 0700. Nobody else can reach what is in it then, so it may be in /tmp or in a
-// Kubernetes emptyDir. Each process has a unix socket of its own in it, which is removed
-// when it ends, or by the others when it was killed. A wrong path, and a process of another
-// network namespace that uses it, is an error of Listen that says what to do.
+// with mode 0700. All processes must be in one network namespace. What is wrong is an error
+// of Listen that says what to do. Several addresses may use one path. Given twice, the last
+// one counts.
 //
-// No process waits for another for longer than about a second. One that doesn't answer
-// for a second (it is stopped, by SIGSTOP say) isn't waited for again, and its sockets are
-// served by the others; when it goes on they are its own again. Nobody asks while nothing
-// happens: but a socket in which connections stay queued has its owner asked, after some
-// three seconds.
+// Listen and Close wait until the others have confirmed: a second at most, also for one
+// that is stopped, whose sockets the others serve meanwhile. Each process takes a descriptor
+// for each socket of the others. When the last process on an address closes, the port is
+// free; when it was killed, processes that listen elsewhere keep its sockets for 30 s.
 //
-// When the last process on an address closes, its sockets are closed before Close returns,
-// so the port is free. When it was killed, processes that listen elsewhere keep its sockets
-// for 30 s, for the next one on the address. While a keeper lives (see [Keep]) they are
-// kept, however the last one went: a service of one process needs that.
-//
-// A process takes a duplicate, one descriptor, for each socket of the others, as long as it
-// has a quarter of its limit left; otherwise it refuses, [Info].Reason of the other says so,
-// and it takes them when it has descriptors again. A new listener adopts a socket that an
-// ended one has left before it opens another, so restarts don't add any; one that joins
-// while somebody doesn't answer may open its own.
-//
-// Steering by source is [ErrUnsupported] together with it, and by load too where the kernel
-// balances. So is WithHandoff itself on Windows, AIX, plan9 and wasm.
+// Steering by source is [ErrUnsupported] together with it, and by load where the kernel
+// balances. So is WithHandoff itself on Windows, AIX, plan9 and wasm. docs/restarts.md has
+// programs, units and commands by deployment, docs/how-it-works.md the rules.
 func WithHandoff(path string) Option {
 	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
@@ -210,7 +178,8 @@ func WithHandoff(path string) Option {
 //
 // What is in the store and no Listen asks for within 30 s of the start, or of the last
 // Close on its address, is taken out of it. Closing takes nothing out: the process may be
-// about to end. Until then the port is in use, and whoever connects waits. A unix socket's file stays with its socket.
+// about to end. Until then the port is in use, and whoever connects waits. A unix socket's
+// file stays with its socket.
 //
 // [Info] has InheritSystemd when systemd is known to hold all sockets: it has given them
 // to this process, or its version (254 or later) tells that the store has room. It can be
@@ -222,7 +191,8 @@ func WithSystemd() Option {
 	return Option{"WithSystemd", func(c *config) { c.lb, c.systemd = true, true }}
 }
 
-// WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
+// WithLogger logs fallbacks and inheritance to l. Nothing is logged without it. Given
+// twice, the last one counts.
 func WithLogger(l *slog.Logger) Option {
 	return Option{"WithLogger", func(c *config) { c.log = l }}
 }
