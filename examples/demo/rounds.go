@@ -171,8 +171,8 @@ func (e *experiment) run(ctx context.Context, by string) (*result, error) {
 			return nil, fmt.Errorf("round %d (%v, %s): %w", i+1, s, by, err)
 		}
 		res.Cases[i%len(play)].add(t)
-		fmt.Fprintf(e.progress, "%s, round %d of %d: %v: %d served, %d lost%s, %d died with the process, %d refused (%.1f s)\n",
-			by, i+1, e.rounds, s, t.Served, t.Lost, why, t.Died, t.Refused, time.Since(roundBegin).Seconds())
+		fmt.Fprintf(e.progress, "%-12s %d/%d  %s: %d lost%s of %d (%.1f s)\n",
+			by, i+1, e.rounds, t.short(), t.Lost, why, t.Connections, time.Since(roundBegin).Seconds())
 	}
 	for _, c := range res.Cases {
 		res.Total.add(*c)
