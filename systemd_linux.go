@@ -352,6 +352,8 @@ func (st *systemdStore) holds(socks []*socket) error {
 		return nil
 	case os.Getenv("NOTIFY_SOCKET") == "":
 		return errors.New("systemd keeps no sockets of this process: NOTIFY_SOCKET isn't set; run it by a unit with FileDescriptorStoreMax=")
+	case !isMainProcess():
+		return errors.New("systemd keeps the sockets of a unit's main process, and this one was started by that: let that one listen, or see NotifyAccess=")
 	case st.failed != nil:
 		return fmt.Errorf("systemd may not have the sockets of this process: %w", st.failed)
 	case !told:
@@ -360,6 +362,13 @@ func (st *systemdStore) holds(socks []*socket) error {
 		return fmt.Errorf("systemd's store has room for %d descriptors, and %d are to be in it: raise FileDescriptorStoreMax= in the unit", most, inStore)
 	}
 	return nil
+}
+
+// isMainProcess tells whether systemd has started this process itself. It says so from
+// version 248 on.
+func isMainProcess() bool {
+	pid := os.Getenv("SYSTEMD_EXEC_PID")
+	return pid == "" || pid == strconv.Itoa(os.Getpid())
 }
 
 // keepsPort tells what systemd holds for this process on a port or path that an address

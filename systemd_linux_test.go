@@ -50,7 +50,7 @@ func startKept(t testing.TB, service *standin.Service, job serverJob) *server {
 // systemd yet.
 func fresh(t *testing.T, env ...string) {
 	t.Helper()
-	for _, name := range []string{"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE"} {
+	for _, name := range []string{"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE", "SYSTEMD_EXEC_PID"} {
 		t.Setenv(name, "")
 		os.Unsetenv(name)
 	}
@@ -447,6 +447,10 @@ func TestSystemdInfo(t *testing.T) {
 	not(4, "room for 3 descriptors, and 4 are to be in it")
 	fresh(t, "NOTIFY_SOCKET="+service.NotifySocket())
 	not(1, "isn't known before its first restart")
+	fresh(t, "NOTIFY_SOCKET="+service.NotifySocket(), "FDSTORE=3", "SYSTEMD_EXEC_PID=1")
+	not(1, "a unit's main process")
+	fresh(t, "NOTIFY_SOCKET="+service.NotifySocket(), "FDSTORE=3", "SYSTEMD_EXEC_PID="+strconv.Itoa(os.Getpid()))
+	require.NotZero(t, info(1).OnKill&InheritSystemd)
 
 	// Nobody reads, nobody is there, nonsense: Listen says so, and doesn't hang.
 	silent, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(filepath.Dir(service.NotifySocket()), "n"), Net: "unixgram"})
