@@ -69,7 +69,7 @@ function build(s) {
     const v = { rows: [], pids: [], info: {} };
     const info = (key, label) => {
       v.info[key] = el('dd');
-      return el('div', {}, el('dt', {}, label), v.info[key]);
+      return el('div', { title: terms[key] }, el('dt', {}, label), v.info[key]);
     };
     v.kill = button('SIGKILL', `Kill worker ${i + 1} with SIGKILL`, () => ({ do: 'kill', worker: i }));
     v.restart = button('Restart', `Restart worker ${i + 1}`, () => ({ do: 'restart', worker: i }));
@@ -114,6 +114,16 @@ function build(s) {
   $('notes').hidden = s.notes.length === 0;
 }
 
+// terms explain what Info says.
+const terms = {
+  balancer: 'Who spreads connections over the listeners: the kernel, or the process itself.',
+  steering: 'By what: flow is the hash of addresses and ports.',
+  onClose: 'Who takes over the queue of a listener that closes. process: its siblings; kernel: any socket of the address; handoff: other processes that hold the socket.',
+  onKill: 'Who takes over all queues of the worker if it is killed now.',
+  sockets: 'Sockets that the worker accepts from. It has more than listeners when it serves those of one that is gone.',
+  inherited: 'Connections that came through the socket of a listener or a worker that is gone.',
+};
+
 // ceiling is the next of 1, 2, 5, 10, ...: a scale that seldom moves.
 function ceiling(n, least) {
   let c = least;
@@ -156,7 +166,7 @@ function update(s) {
       v.pids[n].classList.toggle('bad', !w.pid && !s.sides[n].err);
     });
     const parts = heirs => heirs?.replaceAll('+', ' + ');
-    const info = ours.pid ? { ...ours, onClose: parts(ours.onClose), onKill: parts(ours.onKill), sockets: `${ours.sockets} for ${ours.members}`, inherited: num(ours.inherited) } : {};
+    const info = ours.pid ? { ...ours, onClose: parts(ours.onClose), onKill: parts(ours.onKill), sockets: `${ours.sockets}, ${ours.members} listeners`, inherited: num(ours.inherited) } : {};
     for (const [key, dd] of Object.entries(v.info)) set(dd, info[key] || '–');
     const reason = info.reason ? `Nothing stronger because ${info.reason}` : '';
     set(v.reason, reason);
@@ -195,6 +205,7 @@ function update(s) {
 
   const log = $('log');
   for (const l of s.log.filter(l => l.n > page.seen)) {
+    $('try').hidden = true;
     log.prepend(el('li', {}, el('time', {}, l.at), l.text));
     page.seen = l.n;
   }
