@@ -85,6 +85,8 @@ const (
 	nameDispatcher = "lblisten, dispatcher"
 	nameHandoff    = "lblisten, received"
 	nameLoad       = "lblisten, SteerLoad"
+	namePeer       = "lblisten, handoff of 2"
+	nameKept       = "lblisten, keeper"
 )
 
 // contenders has them by name, for processes of the suite's own too.
@@ -104,6 +106,8 @@ func init() {
 		{nameDispatcher, group(lblisten.WithDispatcher())},
 		{nameLoad, group(lblisten.WithRequireKernel(), lblisten.WithSteering(lblisten.SteerLoad))},
 		{nameHandoff, openReceived},
+		{namePeer, besides("peer")},
+		{nameKept, besides("keeper")},
 	} {
 		contenders[c.name] = c
 	}
@@ -297,6 +301,67 @@ func receive() (_ *opened, err error) {
 		return nil, fmt.Errorf("%d sockets where one was to be adopted", s)
 	}
 	return o, nil
+}
+
+// besides opens a group with a handoff, beside a process that has a role in it.
+func besides(role string) func(int) (*opened, error) {
+	return func(n int) (_ *opened, err error) {
+		dir, err := os.MkdirTemp("", "lblisten-bench")
+		if err != nil {
+			return nil, err
+		}
+		path := filepath.Join(dir, "handoff")
+		o, err := group(lblisten.WithHandoff(path))(n)
+		if err != nil {
+			os.RemoveAll(dir)
+			return nil, err
+		}
+		o.also = append(o.also, func() { os.RemoveAll(dir) })
+		p, err := start(role, path, o.addr.String())
+		if err != nil {
+			o.close()
+			return nil, err
+		}
+		o.also = append([]func(){p.stop}, o.also...)
+		for end := time.Now().Add(5 * time.Second); o.lns[0].(*lblisten.Listener).Info().OnKill&lblisten.InheritHandoff == 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				o.close()
+				return nil, errors.New("nobody holds the sockets")
+			}
+		}
+		return o, nil
+	}
+}
+
+// serveKeeper is that process as a keeper.
+func serveKeeper(p *childSide) error {
+	ctx, stop := context.WithCancel(context.Background())
+	kept := make(chan error, 1)
+	go func() { kept <- lblisten.Keep(ctx, p.args[0]) }()
+	p.say("keeps")
+	p.awaitEnd()
+	stop()
+	return <-kept
+}
+
+// servePeer is that process as one that accepts on the address, too.
+func servePeer(p *childSide) error {
+	ln, err := lblisten.Listen("tcp", p.args[1], lblisten.WithHandoff(p.args[0]))
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	p.say("listens")
+	p.awaitEnd()
+	return ln.Close()
 }
 
 // serveHandoff is the process that is killed.

@@ -5,6 +5,7 @@
 //	go -C bench run .                        # everything, some ten minutes
 //	go -C bench run . -only Stall            # one table, printed only
 //	go -C bench run . -quick -out DIR        # everything once, briefly
+//	go -C bench run . -only Live -against HEAD~1 -times 5   # two versions of the package, in turn
 //
 // The load goes to the loopback interface only. It must run on Linux.
 package main
@@ -43,7 +44,20 @@ func main() {
 	quick := flag.Bool("quick", false, "run everything once and briefly; exact counts are checked, times mean nothing")
 	only := flag.String("only", "", "measure the table of this `name` only")
 	out := flag.String("out", "", "the `directory` for results (default ../docs/performance, and none with -quick or -only)")
+	commit := flag.String("against", "", "measure the table of -only with the package at this `commit` too, in turn")
+	times := flag.Int("times", 5, "with -against: `number` of runs of each version")
 	flag.Parse()
+	if *commit != "" {
+		err := errors.New("-against: name the table with -only")
+		if *only != "" && unsupported == nil {
+			err = against(*commit, *only, max(1, *times))
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if flag.NArg() > 0 {
 		flag.Usage()
 		os.Exit(2)
