@@ -93,7 +93,7 @@ var shots = []struct {
 	name   string
 	width  int64
 	height int64
-}{{"desktop", 1280, 800}, {"phone", 360, 740}}
+}{{"desktop", 1280, 800}, {"tablet", 820, 900}, {"phone", 360, 740}}
 
 // browser starts Chromium. It crashes now and then while it starts, before it has
 // seen the page: that is logged, and it is started again.

@@ -205,7 +205,6 @@ function update(s) {
 
   const log = $('log');
   for (const l of s.log.filter(l => l.n > page.seen)) {
-    $('try').hidden = true;
     log.prepend(el('li', {}, el('time', {}, l.at), l.text));
     page.seen = l.n;
   }
