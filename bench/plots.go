@@ -1,10 +1,11 @@
 package main
 
-// The plots, as SVG. They have a white background of their own, so that they can
-// be read on dark pages too.
+// The plots, as SVG. They have a background of their own, and on dark pages other
+// colours.
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"image/color"
 	"math"
@@ -100,8 +101,26 @@ func save(file string, height vg.Length, plots ...*plot.Plot) error {
 	for i, w := range c.widths {
 		texts[i+1] = fmt.Sprintf(`textLength="%.2f" lengthAdjust="spacingAndGlyphs" `, w.Points()) + texts[i+1]
 	}
-	return os.WriteFile(file, []byte(strings.Join(texts, "<text ")), 0o644)
+	svg = strings.Join(texts, "<text ")
+	head, rest, ok := strings.Cut(svg, "<g ")
+	if !ok {
+		return errors.New("an SVG without a group")
+	}
+	return os.WriteFile(file, []byte(head+night+"<g "+rest), 0o644)
 }
+
+// night has a reader that prefers dark pages see other colours, where GitHub shows the file
+// as a picture too.
+const night = `<style>@media (prefers-color-scheme: dark) {
+[style*="fill:#FFFFFF"] { fill: #0d1117 !important }
+[style*="fill:#222222"] { fill: #e6edf3 !important }
+[style*="stroke:#DDDDDD"] { stroke: #30363d !important }
+[style*="stroke:#555555"] { stroke: #b1bac4 !important }
+[style*="fill:#555555"] { fill: #b1bac4 !important }
+[style*="stroke:#0072B2"] { stroke: #58a6ff !important }
+[style*="fill:#0072B2"] { fill: #58a6ff !important }
+}</style>
+`
 
 // ticks are marks at given values.
 func ticks(format string, values ...float64) plot.ConstantTicks {
@@ -202,6 +221,9 @@ func addLine(p *plot.Plot, name string, xy plotter.XYs, i int, points bool) erro
 	}
 	l.Width = vg.Points(2)
 	l.Color = lines[i%len(lines)]
+	if i%2 == 1 { // so that it hides none that is exactly below
+		l.Dashes = []vg.Length{vg.Points(7), vg.Points(4)}
+	}
 	p.Add(l)
 	if !points {
 		p.Legend.Add(name, l)
