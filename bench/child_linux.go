@@ -22,6 +22,7 @@ var roles map[string]func(*childSide) error
 func init() { // not in the declaration, which would refer to itself
 	roles = map[string]func(*childSide) error{
 		"handoff":  serveHandoff,  // listeners_linux.go
+		"idle":     serveIdle,     // idle_linux.go
 		"keeper":   serveKeeper,   // listeners_linux.go
 		"peer":     servePeer,     // listeners_linux.go
 		"member":   serveMember,   // processes_linux.go

@@ -17,6 +17,7 @@ var measurements = []measurement{
 	{"Members", measureMembers},                     // size_linux.go
 	{"Goroutines", measureGoroutines},               // size_linux.go
 	{"Churn", measureChurn},                         // size_linux.go
+	{"Idle", measureIdle},                           // idle_linux.go
 	{"Processes", measureProcesses},                 // processes_linux.go
 	{"TakeOver", measureTakeOver},                   // processes_linux.go
 	{"HTTP", measureHTTP},                           // http_linux.go
