@@ -263,37 +263,10 @@ func (a *address) seatAll(ctx context.Context, n int, req *request, seats *[]rol
 
 // openFirst makes the first socket of an address: the dispatcher's, or the first
 // owner's, which is then in seats, also if there is an error later.
-func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (err error) {
+func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) error {
 	isNew := a.at.isNew()
-	kept, err := a.takeKept()
-	defer func() {
-		for _, s := range kept {
-			s.close()
-		}
-	}()
-	if err != nil {
+	if err := a.prepare(ctx, req, isNew); err != nil {
 		return err
-	}
-	if a.d == nil && a.k == nil {
-		if a.k, err = newKernelSteering(a, req, kept); err != nil {
-			return err
-		}
-		a.bell = a.k.bell()
-	}
-	if a.handoff != "" && a.h == nil { // whose sockets are shared from here on
-		var entering *address
-		if !isNew {
-			entering = a
-		}
-		if a.h, err = openHandoff(a.handoff, a.log, entering); err != nil {
-			return fmt.Errorf("WithHandoff: %w", err)
-		}
-	}
-	for len(kept) > 0 {
-		if err := a.useKept(ctx, kept[0], req); err != nil {
-			return err
-		}
-		kept = kept[1:]
 	}
 	if a.d != nil {
 		if a.d.from == nil {
@@ -323,6 +296,42 @@ func (a *address) openFirst(ctx context.Context, req *request, seats *[]role) (e
 		if a.h != nil {
 			a.h.enter(a)
 		}
+	}
+	return nil
+}
+
+// prepare gets an address what it needs before it opens a socket: its steering, the
+// handoff, whose sockets are shared from here on, and those that systemd has held.
+func (a *address) prepare(ctx context.Context, req *request, isNew bool) error {
+	kept, err := a.takeKept()
+	defer func() {
+		for _, s := range kept {
+			s.close()
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	if a.d == nil && a.k == nil {
+		if a.k, err = newKernelSteering(a, req, kept); err != nil {
+			return err
+		}
+		a.bell = a.k.bell()
+	}
+	if a.handoff != "" && a.h == nil {
+		var entering *address
+		if !isNew {
+			entering = a
+		}
+		if a.h, err = openHandoff(a.handoff, a.log, entering); err != nil {
+			return fmt.Errorf("WithHandoff: %w", err)
+		}
+	}
+	for len(kept) > 0 {
+		if err := a.useKept(ctx, kept[0], req); err != nil {
+			return err
+		}
+		kept = kept[1:]
 	}
 	return nil
 }

@@ -248,43 +248,11 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 			peer.on[m.at] = true
 		}
 	case frameOff:
-		delete(peer.on, m.at)
-		kept := p.isKept(m.at)
-		for _, s := range p.sockets {
-			if s.at == m.at {
-				p.disown(s, from, true)
-				if !kept && p.isOrphan(s) {
-					p.forget(s)
-				}
-			}
-		}
+		p.hearOff(from, m.at)
 		answer(id{}, p.on[m.at] || p.keeper)
 		now, then = nil, now
 	case frameHas, frameSocket:
-		if m.kind == frameSocket {
-			delete(peer.wants, m.id)
-		}
-		switch {
-		case s != nil:
-			p.note(s, from, m.frame)
-			answer(m.id, true)
-		case m.kind == frameHas && m.flags&flagMine == 0 && p.isComing(m.id):
-			// If it doesn't come, everybody is asked.
-		case len(p.sockets) >= poolMost || !p.room() || m.kind == frameSocket && m.d == nil:
-			p.refused = true
-			answer(m.id, false)
-		case m.kind == frameHas:
-			peer.wants[m.id] = true
-			say(frame{kind: frameWant, n: m.n, id: m.id})
-		default:
-			s = &pooled{id: m.id, d: m.d.hold(), at: m.at, sub: m.sub, balanced: m.flags&flagBalanced != 0}
-			p.add(s)
-			p.note(s, from, m.frame)
-			if !p.isOwned(s) {
-				p.got = append(p.got, s)
-			}
-			answer(m.id, true)
-		}
+		now = p.hearHas(from, m)
 	case frameWant:
 		if s == nil {
 			say(frame{kind: frameDrop, id: m.id})
@@ -294,15 +262,7 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 		f.n = m.n
 		now = append(now, parcel{f, s.d})
 	case frameDrop:
-		p.lacks = p.lacks || peer.wants[m.id]
-		delete(peer.wants, m.id)
-		if s != nil {
-			p.disown(s, from, true)
-			delete(s.who, from)
-			if !s.mine && !p.isWanted(s) {
-				p.forget(s)
-			}
-		}
+		p.hearDrop(from, m.id)
 	case frameBound:
 		if s != nil && !s.mine {
 			s.at, s.file, s.bound = m.at, m.file, true
@@ -324,15 +284,71 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 	case frameSynced:
 		peer.synced = true
 	case frameAnswer:
-		switch {
-		case s == nil:
-		case m.flags&flagOK == 0:
+		if s != nil && m.flags&flagOK == 0 {
 			delete(s.who, from)
-		case s.who[from] == 0:
+		} else if s != nil && s.who[from] == 0 {
 			s.who[from] = holds
 		}
 	}
 	return now, then
+}
+
+// hearOff: a peer doesn't listen on an address any more.
+func (p *pool) hearOff(from id, at place) {
+	delete(p.peers[from].on, at)
+	kept := p.isKept(at)
+	for _, s := range p.sockets {
+		if s.at == at {
+			p.disown(s, from, true)
+			if !kept && p.isOrphan(s) {
+				p.forget(s)
+			}
+		}
+	}
+}
+
+// hearHas: a peer has a socket, or sends it. It returns what is answered.
+func (p *pool) hearHas(from id, m parcel) (now []parcel) {
+	peer, s := p.peers[from], p.sockets[m.id]
+	if m.kind == frameSocket {
+		delete(peer.wants, m.id)
+	}
+	answer := frame{kind: frameAnswer, n: m.n, id: m.id, flags: flagOK}
+	switch {
+	case s != nil:
+		p.note(s, from, m.frame)
+	case m.kind == frameHas && m.flags&flagMine == 0 && p.isComing(m.id):
+		return nil // if it doesn't come, everybody is asked
+	case len(p.sockets) >= poolMost || !p.room() || m.kind == frameSocket && m.d == nil:
+		p.refused = true
+		answer.flags = 0
+	case m.kind == frameHas:
+		peer.wants[m.id] = true
+		answer = frame{kind: frameWant, n: m.n, id: m.id}
+	default:
+		s = &pooled{id: m.id, d: m.d.hold(), at: m.at, sub: m.sub, balanced: m.flags&flagBalanced != 0}
+		p.add(s)
+		p.note(s, from, m.frame)
+		if !p.isOwned(s) {
+			p.got = append(p.got, s)
+		}
+	}
+	return []parcel{{frame: answer}}
+}
+
+// hearDrop: a peer doesn't hold a socket any more.
+func (p *pool) hearDrop(from, socket id) {
+	peer, s := p.peers[from], p.sockets[socket]
+	p.lacks = p.lacks || peer.wants[socket]
+	delete(peer.wants, socket)
+	if s == nil {
+		return
+	}
+	p.disown(s, from, true)
+	delete(s.who, from)
+	if !s.mine && !p.isWanted(s) {
+		p.forget(s)
+	}
 }
 
 // isComing tells whether a peer was asked for a socket.

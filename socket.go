@@ -293,30 +293,7 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 	var held *kept
 	lc, setKeepAlive := lean(req.lc)
 	lc.SetMultipathTCP(false)
-	lc.Control = chainControl(lc.Control, func(family, _ string, c syscall.RawConn) error {
-		var err error
-		cerr := c.Control(func(fd uintptr) {
-			if !at.isUnix() {
-				setKeepAlive(fd)
-			}
-			if a.k == nil {
-				return
-			}
-			if family == "tcp6" && at == a.at {
-				a.alignV6Only(fd)
-			}
-			if err = joinKernelGroup(fd); err == nil {
-				err = a.k.control(fd)
-			}
-		})
-		if cerr == nil && err == nil && a.h != nil {
-			p, err = a.h.deposit(ctx, c, a, at)
-		}
-		if cerr == nil && err == nil && !at.isFile() {
-			held, err = a.keep(c, fileKey{})
-		}
-		return cmp.Or(err, cerr)
-	})
+	lc.Control = chainControl(lc.Control, a.control(ctx, at, setKeepAlive, &p, &held))
 	// A Control that panics or exits its goroutine leaves nothing in the pool.
 	opened := false
 	defer func() {
@@ -360,6 +337,35 @@ func (a *address) listen(ctx context.Context, network, literal string, at place,
 	}
 	opened = true
 	return s, nil
+}
+
+// control returns what is done with a new socket before it is bound: it gets its
+// keep-alive, joins the kernel's group, and goes to the others of the handoff and to systemd.
+func (a *address) control(ctx context.Context, at place, setKeepAlive func(fd uintptr), p **pooled, held **kept) func(string, string, syscall.RawConn) error {
+	return func(family, _ string, c syscall.RawConn) error {
+		var err error
+		cerr := c.Control(func(fd uintptr) {
+			if !at.isUnix() {
+				setKeepAlive(fd)
+			}
+			if a.k == nil {
+				return
+			}
+			if family == "tcp6" && at == a.at {
+				a.alignV6Only(fd)
+			}
+			if err = joinKernelGroup(fd); err == nil {
+				err = a.k.control(fd)
+			}
+		})
+		if cerr == nil && err == nil && a.h != nil {
+			*p, err = a.h.deposit(ctx, c, a, at)
+		}
+		if cerr == nil && err == nil && !at.isFile() {
+			*held, err = a.keep(c, fileKey{})
+		}
+		return cmp.Or(err, cerr)
+	}
 }
 
 // alignV6Only gives a new socket the IPV6_V6ONLY of those that the address has. On a
