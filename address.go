@@ -319,11 +319,12 @@ func (a *address) prepare(ctx context.Context, req *request, isNew bool) error {
 		a.bell = a.k.bell()
 	}
 	if a.handoff != "" && a.h == nil {
-		var entering *address
-		if !isNew {
-			entering = a
+		enter := func(h *handoff) {
+			if !isNew {
+				h.enter(a)
+			}
 		}
-		if a.h, err = openHandoff(a.handoff, a.log, entering); err != nil {
+		if a.h, err = openHandoff(a.handoff, a.log, a, enter); err != nil {
 			return fmt.Errorf("WithHandoff: %w", err)
 		}
 	}
@@ -399,6 +400,7 @@ func (a *address) end(own []*watch) (err error) {
 		others = a.h.leave(a)
 		defer a.h.close()
 	}
+	stays := func(s *socket) bool { return others && (s.pooled == nil || a.h.mayBeHeld(s)) } // its file
 	a.mu.Lock()
 	shared := *a.shared.Load()
 	a.shared.Store(new([]*watch))
@@ -416,13 +418,13 @@ func (a *address) end(own []*watch) (err error) {
 		a.k.leave(socks)
 	}
 	for _, s := range socks {
-		if !others {
-			s.removeFile(a.at) // another process may have bound it
+		if !stays(s) {
+			s.removeFile(a.at)
 		}
 		err = cmp.Or(err, s.close())
 	}
 	if a.d != nil {
-		err = cmp.Or(err, a.d.end(others))
+		err = cmp.Or(err, a.d.end(stays))
 	}
 	return err
 }

@@ -47,6 +47,7 @@ func (h *handoff) ask(ctx context.Context, f frame, d *descriptor, some ...id) (
 	for x := range q.waiting {
 		if late && !h.pool.peers[x].silent {
 			h.pool.peers[x].silent = true
+			h.pool.lacks = h.pool.lacks || len(h.pool.peers[x].wants) > 0 // others may have it
 			h.sayLocked(h.log, trouble, "a process of the handoff doesn't answer (is it stopped?); its sockets are served by the others", "path", h.path, "process", x)
 		}
 	}

@@ -122,6 +122,9 @@ func (h *handoff) helloLocked() frame {
 	if h.settled {
 		f.flags |= flagSettled
 	}
+	if h.pool.keeper {
+		f.flags |= flagKeeper
+	}
 	return f
 }
 
@@ -135,6 +138,7 @@ func (h *handoff) announce() error {
 	h.mu.Lock()
 	if h.quit.Err() != nil {
 		h.mu.Unlock()
+		os.Remove(h.name()) // nobody else does
 		return cmp.Or(ln.Close(), h.quit.Err())
 	}
 	before := h.ln
@@ -293,6 +297,8 @@ func (h *handoff) serve(l *link) {
 	}
 	h.mu.Lock()
 	l.over = err == errTwice && l.dialed
+	left := h.links[l.peer] == l && !errors.Is(err, errFrame)
+	h.retry = h.retry || !left // by the next look: it may fail in the same way at once
 	if h.links[l.peer] == l {
 		// Whoever is dead has closed it; whoever is stopped has done nothing.
 		h.goneLocked(l)
@@ -307,7 +313,9 @@ func (h *handoff) serve(l *link) {
 	h.endLocked(l)
 	h.mu.Unlock()
 	h.apply()
-	h.poke() // is its file there still?
+	if left {
+		h.poke() // is its file there still?
+	}
 	l.close()
 	r.drain()
 }
@@ -345,6 +353,7 @@ func (h *handoff) greet(l *link, r *frameReader) error {
 	for _, f := range h.pool.meet(l.peer) {
 		l.send(parcel{frame: f})
 	}
+	h.pool.peers[l.peer].keeper = p.flags&flagKeeper != 0
 	h.sayLocked(h.log, news, "a process joined the handoff", "path", h.path, "process", l.peer, "others", len(h.links))
 	h.turnedLocked()
 	return nil

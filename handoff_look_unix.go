@@ -40,6 +40,11 @@ func (h *handoff) join() error {
 	if h.await(h.quit, patience, h.isSyncedLocked) == errLate {
 		h.mu.Lock()
 		asked := 0
+		for _, peer := range h.pool.peers {
+			if !peer.synced {
+				clear(peer.wants) // others may have what it doesn't send
+			}
+		}
 		for x, l := range h.links { // each of them has everything, unless it is short of descriptors
 			if asked++; asked <= 2 {
 				h.pool.peers[x].synced = false
@@ -90,14 +95,25 @@ func (h *handoff) tick() {
 }
 
 // units is how many of lookEvery are between two looks of this process: one, but more
-// where more than looksTogether processes look, so that all together look so often.
+// where more than looksTogether processes are on an address, so that all together look so
+// often at its queues.
 func (h *handoff) units() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.suspects {
 		return 1
 	}
-	return 1 + len(h.links)/looksTogether
+	most := 0
+	for at := range h.pool.on {
+		n := 0
+		for _, peer := range h.pool.peers {
+			if peer.on[at] {
+				n++
+			}
+		}
+		most = max(most, n)
+	}
+	return 1 + most/looksTogether
 }
 
 // poke has run look at the directory.
@@ -158,7 +174,7 @@ func (h *handoff) lookAtQueues() {
 	var socks []*pooled
 	var fds []unix.PollFd
 	for _, s := range h.pool.sockets {
-		if s.balanced && s.bound && h.pool.on[s.at] && !s.mine && !s.shared {
+		if s.balanced && h.pool.on[s.at] && !s.mine && !s.shared {
 			s.d.hold()
 			socks, fds = append(socks, s), append(fds, unix.PollFd{Fd: int32(s.d.fd), Events: unix.POLLIN})
 		}

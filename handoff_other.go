@@ -30,7 +30,7 @@ type (
 	pooled  struct{}
 )
 
-func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
+func openHandoff(path string, log *slog.Logger, a *address, begin func(*handoff)) (*handoff, error) {
 	return nil, ErrUnsupported
 }
 
@@ -38,6 +38,7 @@ func (h *handoff) units() int                                { return 1 }
 func (h *handoff) close()                                    {}
 func (h *handoff) enter(a *address)                          {}
 func (h *handoff) leave(a *address) (others bool)            { return false }
+func (h *handoff) mayBeHeld(s *socket) bool                  { return false }
 func (h *handoff) bound(s *pooled, at place, file fileKey)   {}
 func (h *handoff) withdraw(s *pooled)                        {}
 func (h *handoff) letShare(s *pooled)                        {}

@@ -37,6 +37,7 @@ type peer struct {
 	on     map[place]bool
 	keeper bool
 	silent bool        // it owes an answer: what it owns is served by others meanwhile
+	short  bool        // it has refused the last socket that it answered about
 	synced bool        // it has told everything
 	wants  map[id]bool // sockets that it was asked for
 }
@@ -108,18 +109,23 @@ func (p *pool) isOwned(s *pooled) bool {
 	return s.mine
 }
 
+// isServed tells whether a process that answers owns a socket.
+func (p *pool) isServed(s *pooled) bool {
+	for peer, h := range s.who {
+		if h == owns && !p.peers[peer].silent {
+			return true
+		}
+	}
+	return s.mine
+}
+
 // isFree tells whether this process is to serve a socket that is not its own:
 // because nobody who answers accepts from it, or because everybody is to.
 func (p *pool) isFree(s *pooled) bool {
 	if s.mine || !s.bound {
 		return false
 	}
-	for peer, h := range s.who {
-		if s.balanced && h == owns && !p.peers[peer].silent {
-			return false
-		}
-	}
-	return true
+	return !s.balanced || !p.isServed(s)
 }
 
 // isOrphan tells whether nobody owns a socket: nobody with a link, and nobody else
@@ -166,6 +172,25 @@ func (p *pool) holdsAll(peer id, at place) bool {
 		}
 	}
 	return true
+}
+
+// isHandedOver tells whether somebody who takes over an address has all of its sockets, or
+// nobody is to get more of them than it has.
+func (p *pool) isHandedOver(at place) bool {
+	over := true
+	for x, peer := range p.peers {
+		if peer.silent || peer.short || !peer.on[at] && !peer.keeper {
+			continue
+		}
+		over = true
+		for _, s := range p.sockets {
+			over = over && (s.at != at || !s.bound || s.who[x] != 0)
+		}
+		if over {
+			return true
+		}
+	}
+	return over
 }
 
 // meet is the begin of a link. It returns what this process says first.
@@ -284,6 +309,9 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 	case frameSynced:
 		peer.synced = true
 	case frameAnswer:
+		if s != nil {
+			peer.short = m.flags&flagOK == 0
+		}
 		if s != nil && m.flags&flagOK == 0 {
 			delete(s.who, from)
 		} else if s != nil && s.who[from] == 0 {
@@ -319,7 +347,10 @@ func (p *pool) hearHas(from id, m parcel) (now []parcel) {
 		p.note(s, from, m.frame)
 	case m.kind == frameHas && m.flags&flagMine == 0 && p.isComing(m.id):
 		return nil // if it doesn't come, everybody is asked
-	case len(p.sockets) >= poolMost || !p.room() || m.kind == frameSocket && m.d == nil:
+	case m.kind == frameSocket && m.d == nil: // it isn't what it was said to be, or was cut off for want of room
+		p.refused = p.refused || !p.room()
+		answer.flags = 0
+	case len(p.sockets) >= poolMost || !p.room():
 		p.refused = true
 		answer.flags = 0
 	case m.kind == frameHas:
@@ -354,7 +385,7 @@ func (p *pool) hearDrop(from, socket id) {
 // isComing tells whether a peer was asked for a socket.
 func (p *pool) isComing(s id) bool {
 	for _, peer := range p.peers {
-		if peer.wants[s] {
+		if peer.wants[s] && !peer.silent {
 			return true
 		}
 	}

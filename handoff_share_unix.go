@@ -35,13 +35,15 @@ func (h *handoff) steps() (share, back []step) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, s := range h.pool.sockets {
-		if !s.bound && !h.pool.isOwned(s) {
-			// Its process has died before it told that it listens, or before it did.
+		if !s.bound && !h.pool.isServed(s) {
+			// Its process has died, or stopped, before it told that it listens, or before it did.
 			if s.bound = listens(s.d.fd); s.bound && s.at.isNew() {
 				s.at = s.at.bySocket(s.d.fd)
 			}
-			if !s.bound {
+			if !s.bound && !h.pool.isOwned(s) {
 				h.pool.forget(s)
+			}
+			if !s.bound {
 				continue
 			}
 		}

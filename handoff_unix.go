@@ -77,10 +77,10 @@ type handoff struct {
 	logging   bool          // somebody writes them
 }
 
-// openHandoff returns the handoff of a path, and a use of it, and has an address enter
-// it, if one is given. The first use of a process waits until the others have told what
-// they have, exchangeTime at the most.
-func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
+// openHandoff returns the handoff of a path, and a use of it. What the process is to be in it,
+// begin does before it meets the others, so that they hear it at once. The first use of a
+// process waits until the others have told what they have, exchangeTime at the most.
+func openHandoff(path string, log *slog.Logger, a *address, begin func(*handoff)) (*handoff, error) {
 	if err := checkHandoffPath(path); err != nil {
 		return nil, err
 	}
@@ -93,9 +93,7 @@ func openHandoff(path string, log *slog.Logger, a *address) (*handoff, error) {
 	}
 	h.refs++
 	handoffs.mu.Unlock()
-	if a != nil { // before it meets the others, so that they hear it at once
-		h.enter(a)
-	}
+	begin(h)
 	if isNew {
 		if h.err = h.join(); h.err == nil {
 			h.wg.Add(1)
@@ -200,8 +198,12 @@ func (h *handoff) leave(a *address) (others bool) {
 		}
 	}
 	h.mu.Unlock()
+	begin := time.Now()
 	q, _ := h.ask(context.Background(), frame{kind: frameOff, at: a.at}, nil)
 	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 }) // one that has just died
+	if left := exchangeTime - time.Since(begin); left > time.Millisecond {              // one that has just come still asks for what it lacks
+		h.await(context.Background(), left, func() bool { return h.pool.isHandedOver(a.at) })
+	}
 	h.mu.Lock()
 	others = q.yes > 0 || h.pool.keeper
 	for _, s := range h.pool.sockets {
@@ -218,6 +220,19 @@ func (h *handoff) leave(a *address) (others bool) {
 	h.mu.Unlock()
 	h.apply()
 	return others
+}
+
+// mayBeHeld tells whether another process may go on listening at a socket that this one
+// lets go: one that holds it, or one that isn't heard and may have opened it.
+func (h *handoff) mayBeHeld(s *socket) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for x := range s.pooled.who {
+		if h.pool.peers[x] != nil {
+			return true
+		}
+	}
+	return h.pool.keeper || s.received && h.pool.unheard > 0
 }
 
 // deposit puts a new socket into the pool, before it is bound, and returns when the

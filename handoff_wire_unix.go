@@ -151,8 +151,8 @@ func decodeFrame(b []byte) (f frame, n int, err error) {
 		if len(b) < 1 || len(b) < 1+int(b[0]) {
 			return f, 0, errFrame
 		}
-		*s = string(b[1 : 1+b[0]])
-		b = b[1+b[0]:]
+		n := 1 + int(b[0])
+		*s, b = string(b[1:n]), b[n:]
 	}
 	return f, 2 + length, nil
 }

@@ -22,12 +22,12 @@ func keep(ctx context.Context, path string, while time.Duration, log *slog.Logge
 	if filepath.IsAbs(path) {
 		path = filepath.Clean(path)
 	}
-	h, err := openHandoff(path, log, nil)
+	// The others hear at once that it is a keeper: the one before may be about to go.
+	h, err := openHandoff(path, log, nil, func(h *handoff) { h.setKeeper(1, while) })
 	if err != nil {
 		return fmt.Errorf("lblisten: Keep: %w", err)
 	}
 	defer h.close()
-	h.setKeeper(1, while)
 	h.mu.Lock()
 	h.sayLocked(log, news, "this process keeps the sockets of the handoff", "path", path, "processes", len(h.links))
 	h.mu.Unlock()

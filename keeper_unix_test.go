@@ -69,7 +69,7 @@ func keeperWorker() {
 			handoffs.mu.Unlock()
 			if h != nil {
 				h.mu.Lock()
-				keeps := h.keepers > 0
+				keeps := h.keepers > 0 && h.settled
 				h.mu.Unlock()
 				if keeps {
 					fmt.Println("keeps")

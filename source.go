@@ -128,7 +128,7 @@ func (d *dispatcher) conns() []syscall.RawConn {
 
 // end closes the source, and what nobody can take any more. The file of a unix socket
 // stays if other processes accept from it.
-func (d *dispatcher) end(others bool) error {
+func (d *dispatcher) end(stays func(*socket) bool) error {
 	d.mu.Lock()
 	d.closed = true
 	var late []arrival
@@ -148,7 +148,7 @@ func (d *dispatcher) end(others bool) error {
 	if from.s == nil {
 		return from.ln.Close()
 	}
-	if !others {
+	if !stays(from.s) {
 		from.s.removeFile(d.a.at)
 	}
 	return from.s.close()
