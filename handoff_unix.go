@@ -223,7 +223,7 @@ func (h *handoff) leave(a *address) (others bool) {
 }
 
 // mayBeHeld tells whether another process may go on listening at a socket that this one
-// lets go: one that holds it, or one that isn't heard and may have opened it.
+// lets go. Of one that it has opened it knows who holds it.
 func (h *handoff) mayBeHeld(s *socket) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -232,7 +232,7 @@ func (h *handoff) mayBeHeld(s *socket) bool {
 			return true
 		}
 	}
-	return h.pool.keeper || s.received && h.pool.unheard > 0
+	return h.pool.keeper || s.received
 }
 
 // deposit puts a new socket into the pool, before it is bound, and returns when the
