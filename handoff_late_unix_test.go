@@ -168,10 +168,10 @@ func TestHandoffOwnerStopsAtAnInstant(t *testing.T) {
 			})
 		})
 		if !sends {
-			has.flags |= flagBound
 			fakeProcess(t, path, func(p *rawPeer) { // the keeper
 				go p.obey(func(m parcel) bool {
 					f := has
+					f.flags |= flagBound
 					switch m.kind {
 					case frameSynced:
 						p.send(frame{kind: frameKeeper, flags: flagOK}, nil)
