@@ -80,6 +80,34 @@ func TestHandoffClosesWhileAnotherJoins(t *testing.T) {
 	require.Zero(t, lost)
 }
 
+// A process closes beside others of which each serves its own sockets: it waits for none
+// of them, since there is nothing more to hand over.
+func TestHandoffClosesBesideOthers(t *testing.T) {
+	beside(t)
+	for range 3 {
+		path := handoffPath(t)
+		g, err := ListenGroup(context.Background(), "tcp4", "127.0.0.1:0", 2, WithHandoff(path))
+		require.NoError(t, err)
+		var others [2]*server
+		for i := range others {
+			others[i] = startServer(t, serverJob{Path: path, Network: "tcp4", Address: g.Addr().String(), Members: 2, Accept: true})
+		}
+		for _, ln := range g.Listeners() {
+			soon(t, func() bool { return ln.Info().OnKill&InheritHandoff != 0 })
+		}
+		begin := time.Now()
+		require.NoError(t, g.Close())
+		took := time.Since(begin)
+		for _, s := range others {
+			s.end()
+		}
+		if took < exchangeTime/2 {
+			return
+		}
+	}
+	t.Fatal("closing waited for others each time")
+}
+
 // One keeper goes while another comes: it waits until that has everything.
 func TestKeepersTakeOver(t *testing.T) {
 	beside(t)

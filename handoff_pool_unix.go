@@ -174,8 +174,8 @@ func (p *pool) holdsAll(peer id, at place) bool {
 	return true
 }
 
-// isHandedOver tells whether somebody who takes over an address has all of its sockets, or
-// nobody is to get more of them than it has.
+// isHandedOver tells whether somebody who takes over an address has all of its sockets but
+// those that their owner serves, or nobody is to get more of them than it has.
 func (p *pool) isHandedOver(at place) bool {
 	over := true
 	for x, peer := range p.peers {
@@ -184,7 +184,7 @@ func (p *pool) isHandedOver(at place) bool {
 		}
 		over = true
 		for _, s := range p.sockets {
-			over = over && (s.at != at || !s.bound || s.who[x] != 0)
+			over = over && (s.at != at || !s.bound || s.who[x] != 0 || p.isServed(s))
 		}
 		if over {
 			return true
