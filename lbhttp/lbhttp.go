@@ -24,6 +24,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"sync"
@@ -46,6 +47,17 @@ const (
 	// over; and a quarter of the grace.
 	queueTime = 5 * time.Second
 
+	// newTime is how long a connection that says nothing is waited for, from its accept
+	// on, as by Shutdown: clients open some that they may never use.
+	newTime = 5 * time.Second
+
+	// goAwayTime is how long the client of an idle HTTP/2 connection has to close it when
+	// it is told to; or else the server does. Shutdown alone waits for a second.
+	goAwayTime = 100 * time.Millisecond
+
+	// lookTime is between two looks at the connections, while they change.
+	lookTime = 5 * time.Millisecond
+
 	// blindTime is that time where the system doesn't tell the length of the queue.
 	blindTime = 100 * time.Millisecond
 )
@@ -59,22 +71,23 @@ const (
 //   - From then on each answer tells its client that the connection ends: by "Connection:
 //     close" in HTTP/1, a GOAWAY in HTTP/2.
 //   - It waits until all requests are answered, also the first ones of connections that
-//     have sent none yet, whose TLS handshake may not be over either, and until what is
-//     left has been idle for a second, or for 250 ms if only systemd takes over, or nobody:
-//     new clients wait then.
-//   - Then it calls srv.Shutdown.
+//     have sent none yet, whose TLS handshake may not be over either, for 5 s from their
+//     accept on; and until what is left has been idle for a second, or for 250 ms if only
+//     systemd takes over, or nobody: new clients wait then.
+//   - Then it calls srv.Shutdown. An answer without an end (server-sent events) should end
+//     when ctx does; functions of srv.RegisterOnShutdown run only now.
 //
-// All of that takes grace at the most; what is open then is closed, and the error wraps
-// [context.DeadlineExceeded]. A grace of 0 is no limit, a negative one no wait. After an
-// orderly end Serve returns nil. If serving ends before ctx does, the group is closed, and
-// the error is that of srv.Serve: [http.ErrServerClosed] after a Shutdown by somebody else.
-// As with Shutdown, hijacked connections are left to whoever has them.
+// All of that takes grace at the most; requests that aren't answered then are cut off, and
+// the error wraps [context.DeadlineExceeded]. A grace of 0 is no limit, a negative one no
+// wait. After an orderly end Serve returns nil. If serving ends before ctx does, the group
+// is closed, and the error is that of srv.Serve: [http.ErrServerClosed] after a Shutdown by
+// somebody else. As with Shutdown, hijacked connections are left to whoever has them.
 //
-// Under systemd it says READY=1 when it begins to serve and STOPPING=1 when ctx ends, as
+// Under systemd it says READY=1 when srv begins to serve, and STOPPING=1 when ctx ends, as
 // Type=notify expects.
 //
-// srv.Handler and srv.ConnState are wrapped. A request that asks for an upgrade isn't told
-// that its connection ends. A server can be served on one group at a time.
+// srv.Handler, srv.ConnState and srv.BaseContext are wrapped. A server can be served on one
+// group at a time.
 func Serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration) error {
 	return serve(ctx, g, srv, grace, srv.Serve)
 }
@@ -105,7 +118,6 @@ func shareTickets(srv *http.Server) {
 func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration, serveOn func(net.Listener) error) error {
 	s := &stopper{idle: idleTime, conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
 	s.wrap(srv)
-	tell(srv, "READY=1")
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(serveOn) }()
 	select {
@@ -130,12 +142,11 @@ func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.
 	g.Close()
 	s.stopping.Store(true)
 	<-served // ConnState has seen all that was accepted
-	if s.wait(late) && srv.Shutdown(late) == nil {
-		return nil
+	s.wait(late)
+	if left := s.end(late, srv); left > 0 {
+		return fmt.Errorf("lbhttp: %d connections were closed whose requests weren't answered within the grace of %v: %w", left, grace, context.DeadlineExceeded)
 	}
-	left := s.open()
-	srv.Close()
-	return fmt.Errorf("lbhttp: %d connections were closed that were open after the grace of %v: %w", left, grace, context.DeadlineExceeded)
+	return nil
 }
 
 // tell says something to systemd, if there is one.
@@ -207,13 +218,23 @@ func (s *stopper) wrap(srv *http.Server) {
 			connState(c, state)
 		}
 	}
+	base := srv.BaseContext
+	if base == nil {
+		base = func(net.Listener) context.Context { return context.Background() }
+	}
+	var ready sync.Once
+	srv.BaseContext = func(ln net.Listener) context.Context { // Serve calls it, when it has the certificate
+		ready.Do(func() { tell(srv, "READY=1") })
+		return base(ln)
+	}
 	handler := srv.Handler
 	if handler == nil {
 		handler = http.DefaultServeMux
 	}
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if s.stopping.Load() && r.Header.Get("Upgrade") == "" {
-			w.Header().Set("Connection", "close") // net/http makes a GOAWAY of it in HTTP/2
+		if s.stopping.Load() {
+			serveLast(handler, w, r)
+			return
 		}
 		handler.ServeHTTP(w, r)
 	})
@@ -234,39 +255,63 @@ func (s *stopper) note(c net.Conn, state http.ConnState) {
 	}
 }
 
-// open is the number of open connections.
-func (s *stopper) open() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.conns)
-}
-
-// wait returns true when no request is to be expected any more.
-func (s *stopper) wait(late context.Context) bool {
+// wait returns when no request is to be expected any more, or it is late.
+func (s *stopper) wait(late context.Context) {
 	for {
 		busy, next := s.look()
-		if !busy {
-			return true
+		if busy == 0 {
+			return
 		}
 		select {
 		case <-s.changed:
+			time.Sleep(lookTime) // one look for all that changes meanwhile
 		case <-time.After(next):
 		case <-late.Done():
-			return false
+			return
 		}
 	}
 }
 
-// look tells whether a request is to be expected, and when that may change by itself.
-func (s *stopper) look() (busy bool, next time.Duration) {
+// end shuts the server down. It returns the number of connections that it has cut off.
+func (s *stopper) end(late context.Context, srv *http.Server) (left int) {
+	ctx, stop := context.WithCancel(late)
+	defer stop()
+	shut := make(chan error, 1)
+	go func() { shut <- srv.Shutdown(ctx) }()
+	select {
+	case err := <-shut:
+		if err == nil {
+			return 0
+		}
+	case <-time.After(goAwayTime):
+		s.idle = 0
+		s.wait(late) // for a request that has crossed the GOAWAY
+		stop()
+		<-shut
+	}
+	s.idle = 0
+	left, _ = s.look()
+	srv.Close()
+	return left
+}
+
+// look tells how many connections a request is to be expected of, or its answer, and when
+// that may change by itself.
+func (s *stopper) look() (busy int, next time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next = time.Hour
 	for _, c := range s.conns {
-		if c.state != http.StateIdle {
-			busy = true
-		} else if left := s.idle - time.Since(c.since); left > 0 {
-			busy, next = true, min(next, left)
+		left := time.Duration(math.MaxInt64)
+		switch c.state {
+		case http.StateIdle:
+			left = s.idle - time.Since(c.since)
+		case http.StateNew:
+			left = newTime - time.Since(c.since)
+		}
+		if left > 0 {
+			busy++
+			next = min(next, left)
 		}
 	}
 	return busy, next

@@ -235,6 +235,8 @@ func TestGrace(t *testing.T) {
 				<-r.Context().Done()
 				close(gone)
 			})}
+			shut := make(chan struct{})
+			srv.RegisterOnShutdown(func() { close(shut) })
 			r := start(t, "127.0.0.1:0", srv, grace)
 			dial(t, r.addr, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 			dial(t, r.addr, "")
@@ -243,9 +245,118 @@ func TestGrace(t *testing.T) {
 			err := r.stop()
 			require.ErrorIs(t, err, context.DeadlineExceeded)
 			require.ErrorContains(t, err, "lbhttp: 2 connections were closed")
+			<-shut
 			<-gone
 		})
 	}
+}
+
+// A connection that is idle when the grace is over has lost nothing.
+func TestIdleAtTheEnd(t *testing.T) {
+	r := start(t, "127.0.0.1:0", &http.Server{Handler: http.HandlerFunc(hello)}, -1)
+	get(t, newClient(t, nil, false), "http://"+r.addr)
+	require.NoError(t, r.stop())
+}
+
+// An idle HTTP/2 connection whose client doesn't close it doesn't hold up the end.
+func TestIdleHTTP2(t *testing.T) {
+	srv := &http.Server{Handler: http.HandlerFunc(hello), TLSConfig: &tls.Config{Certificates: []tls.Certificate{certificate()}}}
+	r := start(t, "127.0.0.1:0", srv, limit(20*time.Second))
+	c, err := tls.Dial("tcp", r.addr, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	require.NoError(t, err)
+	defer c.Close()
+	_, err = io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+	require.NoError(t, err)
+	in := bufio.NewReader(c)
+	_, err = in.Peek(9) // its settings
+	require.NoError(t, err)
+	time.Sleep(limit(idleTime))
+	begin := time.Now()
+	require.NoError(t, r.stop())
+	require.Less(t, time.Since(begin), limit(goAwayTime+idleTime))
+	said, err := io.ReadAll(in)
+	require.NoError(t, err)
+	require.Contains(t, string(said), "\x00\x00\x08\x07\x00\x00\x00\x00\x00", "no GOAWAY")
+}
+
+// A connection that has said nothing for longer than Shutdown waits for it isn't waited for.
+func TestSilentConnection(t *testing.T) {
+	t.Parallel()
+	r := start(t, "127.0.0.1:0", &http.Server{Handler: http.HandlerFunc(hello)}, limit(60*time.Second))
+	dial(t, r.addr, "")
+	begin := time.Now()
+	require.NoError(t, r.stop())
+	require.Greater(t, time.Since(begin), newTime-time.Second)
+	require.Less(t, time.Since(begin), limit(newTime+5*time.Second))
+}
+
+// The final answer tells that the connection ends, one of status 1xx before it doesn't; so
+// does that to a request that offers an upgrade; and a handler finds all that net/http has.
+func TestLastAnswer(t *testing.T) {
+	begun, may, gone := make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		switch r.URL.Path {
+		case "/wait":
+			begun <- struct{}{}
+			<-may
+		case "/hints":
+			w.Header().Set("Link", "</style.css>; rel=preload")
+			w.WriteHeader(http.StatusEarlyHints)
+		case "/flush":
+			w.(http.Flusher).Flush()
+			<-w.(http.CloseNotifier).CloseNotify() //lint:ignore SA1019 frameworks call it
+			close(gone)
+		case "/copy":
+			io.Copy(w, strings.NewReader("hello"))
+		case "/string":
+			io.WriteString(w, "hello")
+		case "/deadline":
+			if err := rc.SetWriteDeadline(time.Now().Add(time.Hour)); err != nil {
+				panic(err)
+			}
+			rc.Flush()
+		}
+	})}
+	r := start(t, "127.0.0.1:0", srv, limit(20*time.Second))
+	paths := []string{"/hints", "/flush", "/copy", "/string", "/deadline", "/"}
+	var conns []net.Conn
+	for range paths {
+		conns = append(conns, dial(t, r.addr, ""))
+	}
+	dial(t, r.addr, "GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+	<-begun
+	ended := make(chan error, 1)
+	go func() { ended <- r.stop() }()
+	require.Eventually(t, func() bool {
+		c, err := net.Dial("tcp", r.addr)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	}, limit(5*time.Second), time.Millisecond)
+	time.Sleep(limit(20 * time.Millisecond))
+	for i, c := range conns {
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n", paths[i])
+		in := bufio.NewReader(c)
+		resp, err := http.ReadResponse(in, nil)
+		require.NoError(t, err)
+		if i == 0 {
+			require.Equal(t, http.StatusEarlyHints, resp.StatusCode)
+			require.False(t, resp.Close)
+			resp, err = http.ReadResponse(in, nil)
+			require.NoError(t, err)
+		}
+		require.Equal(t, http.StatusOK, resp.StatusCode)
+		require.True(t, resp.Close, paths[i])
+		if paths[i] == "/flush" {
+			c.Close()
+			<-gone
+		}
+		resp.Body.Close()
+	}
+	close(may)
+	require.NoError(t, <-ended)
 }
 
 // A grace of 0 is no limit.

@@ -1,12 +1,15 @@
 package lbhttp
 
 import (
+	"context"
+	"net"
 	"os"
 	"os/exec"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/lblisten/lblisten"
 	"github.com/lblisten/lblisten/internal/standin"
 	"github.com/stretchr/testify/require"
 )
@@ -43,6 +46,23 @@ func TestOneProcess(t *testing.T) {
 	require.Equal(t, []string{"READY=1", "STOPPING=1"}, service.Said()[2*n:])
 	require.Len(t, service.Names(), 2)
 	t.Logf("%d restarts, of which the longest took %v", n, time.Duration(longest.Load()).Round(time.Millisecond))
+}
+
+// Who has no certificate isn't ready.
+func TestIsNotReady(t *testing.T) {
+	dir, err := os.MkdirTemp("", "lb")
+	require.NoError(t, err)
+	defer os.RemoveAll(dir)
+	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: dir + "/notify"})
+	require.NoError(t, err)
+	defer systemd.Close()
+	t.Setenv("NOTIFY_SOCKET", dir+"/notify")
+	g, err := lblisten.ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 2)
+	require.NoError(t, err)
+	require.ErrorIs(t, ServeTLS(context.Background(), g, newQuiet(), dir+"/cert", dir+"/key", time.Second), os.ErrNotExist)
+	systemd.SetDeadline(time.Now().Add(-time.Second))
+	_, err = systemd.Read(make([]byte, 100))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 }
 
 // A NOTIFY_SOCKET that nobody reads ends no service.
