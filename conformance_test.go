@@ -92,7 +92,11 @@ func closeThose(order ...int) func(t *trial) {
 // fromPorts dials from ports that are all even, or all odd.
 func fromPorts(parity int) func(t *trial) {
 	return func(t *trial) {
-		ls := t.group(4)
+		n := 4
+		if t.kernel() && runtime.GOOS == "freebsd" { // the hash keeps the parity of the port
+			n = 3
+		}
+		ls := t.group(n)
 		w := t.accept(ls...)
 		var clients []client
 		for port := 12000 + 2*rand.IntN(4000) + parity; len(clients) < 128 && port < 32000; port += 2 {

@@ -14,6 +14,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/lblisten/lblisten/internal/joining"
 )
 
 // process starts another process with two members on the address of a listener;
@@ -153,7 +155,7 @@ func init() {
 			t.isSpread(w.end(append(clients, w.dial(ls[0].Addr(), 96)...)))
 		}},
 		{name: "a socket is bound to the address and doesn't listen", do: func(t *trial) {
-			t.only(runtime.GOOS != "freebsd", "it would get its share, which is refused (FreeBSD 14)")
+			t.only(!joining.Refuses(), "it would get its share, which is refused")
 			ls := t.group(2)
 			fd, err := boundSocket(ls[0].Addr())
 			if !t.kernel() {

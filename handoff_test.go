@@ -52,7 +52,11 @@ func TestHandoffExperiment(t *testing.T) {
 				for _, s := range servers {
 					s.becomes(isHandedOff)
 				}
-				n := count(2000, 100)
+				sockets := 4 * c.processes
+				if dispatcher {
+					sockets = 1
+				}
+				n := queued(count(2000, 100), sockets)
 				conns := standing(t, address, n)
 				for _, i := range c.dead {
 					if c.name == "panic" {
@@ -184,7 +188,7 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 			for _, s := range append(servers, first) {
 				s.becomes(isHandedOff)
 			}
-			conns := standing(t, job.Address, count(400, 40))
+			conns := standing(t, job.Address, queued(count(400, 40), map[bool]int{true: 1, false: 2 * n}[dispatcher]))
 			for _, s := range append(servers[1:], first) {
 				s.signal(syscall.SIGKILL)
 			}
@@ -220,7 +224,7 @@ func TestHandoffStoppedProcess(t *testing.T) {
 		}
 		own := servers[0].Sockets
 		stopped, other := servers[0], servers[2]
-		n := count(600, 60)
+		n := queued(count(600, 60), map[bool]int{true: 1, false: 12}[dispatcher])
 		conns := standing(t, job.Address, n)
 		stopped.signal(syscall.SIGSTOP)
 		servers[1].ask("accept")
@@ -536,7 +540,7 @@ func TestHandoffFromAProcessWithoutDescriptors(t *testing.T) {
 					other = startServer(t, job)
 				}
 				full.ask("full")
-				n := count(100, 20)
+				n := queued(count(100, 20), 1)
 				conns := standing(t, job.Address, n)
 				if !before {
 					other = startServer(t, job)

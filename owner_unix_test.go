@@ -161,7 +161,7 @@ func TestStoppedProcess(t *testing.T) {
 		n := 0
 		for range 3 {
 			require.NoError(t, stopped.Process.Signal(syscall.SIGSTOP))
-			conns = append(conns, standing(t, address, count(200, 20))...)
+			conns = append(conns, standing(t, address, queued(count(200, 20), 1))...)
 			n = len(conns)
 			require.NoError(t, stopped.Process.Signal(syscall.SIGCONT))
 		}

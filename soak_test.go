@@ -27,6 +27,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/lblisten/lblisten/internal/joining"
 )
 
 // soakRounds calls round with one seed after the other: for d, or for one of shares
@@ -394,8 +396,8 @@ func (s *soak) listen(n int) (*Group, error) {
 	return ListenGroup(context.Background(), s.e.network, (*s.addr.Load()).String(), n, opts...)
 }
 
-// excuse: a client may fail while nobody listens, and on FreeBSD be refused in
-// the instant in which a socket is opened.
+// excuse: a client may fail while nobody listens, and on FreeBSD be turned
+// away in the instant in which a socket is opened.
 func (s *soak) excuse(c *soakClient) *atomic.Int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -404,7 +406,7 @@ func (s *soak) excuse(c *soakClient) *atomic.Int64 {
 			return &s.clients.ended
 		}
 	}
-	if runtime.GOOS == "freebsd" && isRefused(c.err) {
+	if joining.TurnedAway(c.err) {
 		return &s.clients.ended
 	}
 	return nil

@@ -87,7 +87,7 @@ func TestAcceptedOptions(t *testing.T) {
 						return optionsOf(t, acceptWithin(t, l), true)
 					}
 					want := dial(plain)
-					require.Equal(t, 1, want["TCP_NODELAY"])
+					require.NotZero(t, want["TCP_NODELAY"])
 					ln, err := Listen(e.network, e.listen, m.opt, WithListenConfig(lc))
 					require.NoError(t, err)
 					require.Equal(t, want, dial(ln), "%d: %+v", i, lc)

@@ -17,8 +17,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/lblisten/lblisten/examples/internal/exampletest"
 	"github.com/stretchr/testify/require"
+
+	"github.com/lblisten/lblisten/examples/internal/exampletest"
+	"github.com/lblisten/lblisten/internal/joining"
 )
 
 func TestMain(m *testing.M) { exampletest.Main(m, main) }
@@ -85,9 +87,7 @@ func TestReplacedParent(t *testing.T) {
 	load.Await(100)
 	answered, by, failed := load.End()
 	t.Logf("%d requests answered by %v, %d failed", answered, by, len(failed))
-	if runtime.GOOS == "freebsd" { // a further socket may refuse the connections of the instant in which it opens
-		failed = slices.DeleteFunc(failed, func(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) })
-	}
+	failed = slices.DeleteFunc(failed, joining.TurnedAway)
 	require.Empty(t, failed)
 	next.Stop(syscall.SIGTERM)
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"crypto/tls"
-	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -15,8 +14,10 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/lblisten/lblisten/examples/internal/exampletest"
 	"github.com/stretchr/testify/require"
+
+	"github.com/lblisten/lblisten/examples/internal/exampletest"
+	"github.com/lblisten/lblisten/internal/joining"
 )
 
 func TestMain(m *testing.M) { exampletest.Main(m, main) }
@@ -48,9 +49,7 @@ func TestRestartUnderLoad(t *testing.T) {
 	load.Await(50)
 	answered, by, failed := load.End()
 	t.Logf("%d requests answered, %d failed, by %v", answered, len(failed), by)
-	if runtime.GOOS == "freebsd" { // a further socket may refuse the connections of the instant in which it opens
-		failed = slices.DeleteFunc(failed, func(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) })
-	}
+	failed = slices.DeleteFunc(failed, joining.TurnedAway)
 	require.Empty(t, failed)
 	require.Len(t, by, 4)
 	for who := range by {
