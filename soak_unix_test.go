@@ -11,6 +11,7 @@ package lblisten
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -85,6 +86,10 @@ func soakWorker() {
 			s.hold()
 		case "go on":
 			s.goOn()
+		case "full":
+			err = setFileLimit(openDescriptors()) // nothing more can be opened
+		case "files":
+			err = setFileLimit(1024)
 		case "join":
 			var ln net.Listener
 			if ln, err = Listen(job.Network, g.Addr().String(), s.opts...); err == nil {
@@ -130,6 +135,8 @@ func (s *soakServer) start(l *Listener) {
 				return
 			case errors.Is(err, os.ErrDeadlineExceeded):
 				s.park(l)
+			case errors.Is(err, unix.EMFILE):
+				time.Sleep(time.Millisecond)
 			default:
 				must(fmt.Errorf("accept: %w", err))
 			}
@@ -215,7 +222,7 @@ func planProcesses(r *rand.Rand, keeper bool) (plan []operation) {
 	add("load", 0, 1+r.IntN(5))
 	for range 15 + r.IntN(25) {
 		on := r.IntN(soakProcesses)
-		switch what := r.IntN(20); {
+		switch what := r.IntN(22); {
 		case what < 1:
 			add("load", 0, r.IntN(6))
 		case what < 4:
@@ -232,10 +239,18 @@ func planProcesses(r *rand.Rand, keeper bool) (plan []operation) {
 			add("join", on, 0)
 		case what < 8:
 			add("leave", on, 0)
+		case what < 9:
+			add("full", on, 0)
+			for range r.IntN(3) {
+				add("burst", 0, 1+r.IntN(size(60, 5)))
+			}
+			add("files", on, 0)
 		case what < 10:
+			add("flood", 0, 1+r.IntN(30))
+		case what < 12:
 			add(map[bool]string{false: "hold", true: "go on"}[held[on]], on, 0)
 			held[on] = !held[on]
-		case what < 12:
+		case what < 14:
 			most := 300
 			if r.IntN(8) == 0 {
 				most = 4000 // longer than silentAfter
@@ -404,7 +419,9 @@ func (ps *processes) obey(o operation) {
 	case "continue":
 		s.signal(syscall.SIGCONT)
 		ps.stopped = nil
-	case "hold", "go on", "join", "leave":
+	case "flood":
+		ps.flood(o.n)
+	case "hold", "go on", "join", "leave", "full", "files":
 		r := s.ask(o.do)
 		require.Empty(ps.t, r.Err, o.do)
 	default:
@@ -425,6 +442,25 @@ func (ps *processes) obey(o operation) {
 			ps.stopped = nil
 		}
 		ps.end(how, o.on, stopped)
+	}
+}
+
+// flood has somebody of this user open n links to each process, say nonsense or nothing
+// at all, and go.
+func (ps *processes) flood(n int) {
+	ids, err := processesIn(ps.job.Path)
+	require.NoError(ps.t, err)
+	for _, x := range ids {
+		for i := range n {
+			c, err := net.Dial("unix", filepath.Join(ps.job.Path, x.String()))
+			if err != nil {
+				break // it is gone, or its backlog is full
+			}
+			defer c.Close()
+			if i%2 == 0 {
+				c.Write(bytes.Repeat([]byte{byte(i), 0xff, 0}, 1+i))
+			}
+		}
 	}
 }
 
@@ -508,8 +544,8 @@ func clientsOf(pid, port int) (map[int]bool, error) {
 }
 
 // Processes with a handoff start, close, are killed, stopped and held in any
-// order, alone and two at a time, under load, while their listeners come and go:
-// each client is served, unless a process had accepted it and was killed then.
+// order, alone and two at a time, under load, while their listeners come and go, they
+// run out of descriptors, and somebody floods them with links: each client is served, unless a process had accepted it and was killed then.
 func TestHandoffSoak(t *testing.T) {
 	beside(t)
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
