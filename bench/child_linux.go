@@ -26,6 +26,8 @@ func init() { // not in the declaration, which would refer to itself
 		"keeper":   serveKeeper,   // listeners_linux.go
 		"peer":     servePeer,     // listeners_linux.go
 		"member":   serveMember,   // processes_linux.go
+		"scale":    serveScale,    // scale_linux.go
+		"web":      serveWeb,      // restart_linux.go
 		"live":     serveLive,     // live_linux.go
 		"stall":    serveStall,    // stall_linux.go
 		"syscalls": serveSyscalls, // syscalls_linux.go
@@ -84,6 +86,10 @@ func start(role string, args ...string) (*process, error) {
 
 // startUnder starts it by another program, such as strace.
 func startUnder(wrapper []string, role string, args ...string) (*process, error) {
+	return startBy((*exec.Cmd).Start, wrapper, role, args...)
+}
+
+func startBy(begin func(*exec.Cmd) error, wrapper []string, role string, args ...string) (*process, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -101,7 +107,7 @@ func startUnder(wrapper []string, role string, args ...string) (*process, error)
 		return nil, err
 	}
 	cmd.Stdout = w
-	err = cmd.Start()
+	err = begin(cmd)
 	w.Close()
 	if err != nil {
 		out.Close()

@@ -20,5 +20,7 @@ var measurements = []measurement{
 	{"Idle", measureIdle},                           // idle_linux.go
 	{"Processes", measureProcesses},                 // processes_linux.go
 	{"TakeOver", measureTakeOver},                   // processes_linux.go
+	{"ScaleDown", measureScaleDown},                 // scale_linux.go
+	{"Restart", measureRestart},                     // restart_linux.go
 	{"HTTP", measureHTTP},                           // http_linux.go
 }
