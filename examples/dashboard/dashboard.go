@@ -34,6 +34,9 @@ type dashboard struct {
 	notes     []string
 	sides     []*side // lblisten's first
 	orders    chan order
+	path      string             // of the handoff; "" without one
+	stopKeep  context.CancelFunc // nil while nobody keeps; obey's, as is kept
+	kept      chan error
 	running   sync.WaitGroup // the loads and the ticks
 
 	mu      sync.Mutex // guards what follows
@@ -65,7 +68,7 @@ func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
 	if d.dir, err = os.MkdirTemp("", "lblisten-dashboard-"); err != nil {
 		return nil, err
 	}
-	path, err := d.probe(filepath.Join(d.dir, "handoff"))
+	d.path, err = d.probe(filepath.Join(d.dir, "handoff"))
 	if err != nil {
 		os.RemoveAll(d.dir)
 		return nil, err
@@ -87,7 +90,7 @@ func newDashboard(ctx context.Context, s settings) (d *dashboard, err error) {
 	for _, by := range []string{byLblisten, byReuseport} {
 		j := job{By: by, Listeners: d.listeners, Work: work}
 		if by == byLblisten {
-			j.Path = path
+			j.Path = d.path
 		}
 		d.sides = append(d.sides, newSide(j, d.workers, most, d.say))
 	}
@@ -149,7 +152,7 @@ func (d *dashboard) probe(path string) (string, error) {
 // end ends everything. The context must have ended before.
 func (d *dashboard) end() error {
 	d.running.Wait()
-	var errs []error
+	errs := []error{d.keep(false)}
 	for _, s := range d.sides {
 		s.clients.Wait()
 		errs = append(errs, s.endAll())
@@ -198,6 +201,8 @@ type state struct {
 	Tick      float64    `json:"tick"`  // s
 	Mode      string     `json:"mode"`
 	CanKernel bool       `json:"canKernel"`
+	CanKeep   bool       `json:"canKeep"`
+	Keeper    bool       `json:"keeper"`
 	Busy      string     `json:"busy"`
 	Notes     []string   `json:"notes"`
 	Sides     []sideView `json:"sides"`
@@ -206,7 +211,7 @@ type state struct {
 
 func (d *dashboard) publish() {
 	st := state{System: runtime.GOOS + "/" + runtime.GOARCH, Rate: d.rate, Stall: stallTime.Seconds(),
-		Work: float64(d.sides[0].job.Work) / 1e6, Tick: tick.Seconds(), CanKernel: d.canKernel, Notes: d.notes}
+		Work: float64(d.sides[0].job.Work) / 1e6, Tick: tick.Seconds(), CanKernel: d.canKernel, CanKeep: d.path != "", Keeper: d.sides[0].isKept(), Notes: d.notes}
 	for _, s := range d.sides {
 		st.Sides = append(st.Sides, s.view())
 	}
@@ -298,6 +303,9 @@ func (d *dashboard) do(ctx context.Context, o order) error {
 		last := ""
 		if _, others := d.sides[0].worker(o.Worker); !others {
 			last = ", the last one: nobody inherits"
+			if d.stopKeep != nil {
+				last = ", the last one: the keeper has " + byLblisten + "'s sockets until it is started again"
+			}
 		}
 		d.say("SIGKILL to worker %d%s", w, last)
 		return each(func(s *side) error { return s.kill(o.Worker) })
@@ -315,6 +323,12 @@ func (d *dashboard) do(ctx context.Context, o order) error {
 			}
 			return nil
 		})
+	case "keeper":
+		if d.path == "" {
+			return errors.New("there are no keepers here")
+		}
+		d.say("%s: %s", byLblisten, map[bool]string{true: "the keeper goes", false: "a keeper comes: it holds all sockets, and accepts nothing"}[d.stopKeep != nil])
+		return d.keep(d.stopKeep == nil)
 	case "reset":
 		d.say("counters reset")
 		return each(func(s *side) error { s.reset(); return nil })
@@ -323,7 +337,8 @@ func (d *dashboard) do(ctx context.Context, o order) error {
 			return fmt.Errorf("there is no mode %q here", o.Mode)
 		}
 		d.say("%s workers start anew, balanced by the %s", byLblisten, o.Mode)
-		if err := d.sides[0].setMode(ctx, o.Mode); err != nil {
+		keeps := d.stopKeep != nil // not the sockets of the old port
+		if err := errors.Join(d.keep(false), d.sides[0].setMode(ctx, o.Mode), d.keep(keeps)); err != nil {
 			return err
 		}
 		d.mu.Lock()
@@ -332,4 +347,23 @@ func (d *dashboard) do(ctx context.Context, o order) error {
 		return nil
 	}
 	return fmt.Errorf("there is no order %q", o.Do)
+}
+
+// keep has this process keep the workers' sockets, or end that.
+func (d *dashboard) keep(on bool) error {
+	switch {
+	case on == (d.stopKeep != nil):
+		return nil
+	case on:
+		ctx, stop := context.WithCancel(context.Background())
+		kept := make(chan error, 1)
+		d.stopKeep, d.kept = stop, kept
+		go func() { kept <- lblisten.Keep(ctx, d.path) }()
+		d.sides[0].setKept(true)
+		return nil
+	}
+	d.sides[0].setKept(false)
+	d.stopKeep()
+	d.stopKeep = nil
+	return <-d.kept
 }

@@ -281,6 +281,31 @@ func TestButtons(t *testing.T) {
 	}
 }
 
+// The only worker is killed, and restarted by stop and start: with a keeper nobody is lost
+// whom it hadn't accepted.
+func TestKeeper(t *testing.T) {
+	t.Parallel()
+	needProcesses(t)
+	p := startDashboard(t, settings{http: "127.0.0.1:0", workers: 1, listeners: 2, rate: count(200, 20)})
+	require.Equal(t, http.StatusNoContent, p.order(order{Do: "keeper"}))
+	isKept := func(s state) bool { return strings.Contains(s.Sides[0].Workers[0].OnKill, "handoff") }
+	s := p.await("the keeper has all sockets", isKept)
+	require.True(t, s.Keeper)
+	require.Equal(t, http.StatusNoContent, p.order(order{Do: "kill"}))
+	p.await("the worker is gone", func(s state) bool { return s.Sides[0].Workers[0].State == "killed" })
+	for range 2 { // the second one ends in order
+		require.Equal(t, http.StatusNoContent, p.order(order{Do: "restart"}))
+		s = p.await("the keeper has all sockets", isKept)
+		served := s.Sides[0].Tally.Served
+		s = p.await("more are served", func(s state) bool { return s.Sides[0].Tally.Served > served+20 })
+	}
+	c := s.Sides[0].Tally
+	t.Logf("lblisten: %+v", c)
+	require.Zero(t, c.Lost+c.Refused+c.Other)
+	require.Equal(t, http.StatusNoContent, p.order(order{Do: "keeper"}))
+	p.await("nobody keeps", func(s state) bool { return !s.Keeper && s.Sides[0].Workers[0].OnKill == "none" })
+}
+
 // The page takes orders from itself only, and is read under its own name only.
 func TestForeigners(t *testing.T) {
 	t.Parallel()

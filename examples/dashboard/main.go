@@ -8,8 +8,10 @@
 //
 //	go run ./examples/dashboard                        # then open http://127.0.0.1:8090
 //	go run ./examples/dashboard -rate 800 -workers 3   # more of it
+//	go run ./examples/dashboard -workers 1             # one process: see what a keeper does
 //
-// The workers hold each other's sockets (lblisten.WithHandoff). On a system that
+// The workers hold each other's sockets (lblisten.WithHandoff), and with the button Keeper
+// this program does too (lblisten.Keep): then one worker is enough. On a system that
 // can't, there is one worker, and the page says so.
 //
 // Whoever can open the page can kill the workers, so it is served on a loopback

@@ -42,6 +42,7 @@ type side struct {
 	mu      sync.Mutex // guards what follows
 	job     job        // of every worker
 	paused  bool       // no new clients
+	kept    bool       // a keeper has the sockets too
 	err     string     // why there are no workers
 	slots   []*slot
 	procs   []*recorded   // all that live, and those that just died
@@ -190,10 +191,10 @@ func (s *side) setState(i int, state string) {
 }
 
 // restart replaces worker i. The old one goes first, so that the new one adopts
-// its sockets, unless it is the only one.
+// its sockets, unless it is the only one and there is no keeper.
 func (s *side) restart(i int) error {
 	old, others := s.worker(i)
-	if old != nil && others {
+	if old != nil && (others || s.isKept()) {
 		s.setState(i, "stopped")
 		if err := old.end(); err != nil {
 			return err
@@ -267,6 +268,18 @@ func (s *side) setMode(ctx context.Context, mode string) error {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+func (s *side) setKept(kept bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept = kept
+}
+
+func (s *side) isKept() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept
 }
 
 func (s *side) setPaused(paused bool) {

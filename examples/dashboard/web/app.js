@@ -106,6 +106,7 @@ function build(s) {
   });
 
   for (const m of ['kernel', 'dispatcher']) arm($(m), () => ({ do: 'mode', mode: m }));
+  arm($('keeper'), () => ({ do: 'keeper' }));
   arm($('burst'), () => ({ do: 'burst' }));
   arm($('reset'), () => ({ do: 'reset' }));
   set($('work'), `Each accept loop takes ${number.format(s.work)} ms for a connection, so that queues form.`);
@@ -198,6 +199,9 @@ function update(s) {
     $(m).setAttribute('aria-pressed', String(s.mode === m));
     enable($(m), !s.busy && s.mode !== m && (m === 'dispatcher' || s.canKernel));
   }
+  $('keeper').setAttribute('aria-pressed', String(s.keeper));
+  enable($('keeper'), !s.busy && s.canKeep);
+  $('keeper').title = s.canKeep ? '' : 'This system has no handoff, which a keeper is part of.';
   $('kernel').title = s.canKernel ? '' : 'The kernel of this system doesn’t balance.';
   set($('burst'), `Burst of ${number.format(s.burst)}`);
   enable($('burst'), !s.busy);
