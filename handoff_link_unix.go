@@ -2,9 +2,9 @@
 
 package lblisten
 
-// The links of a handoff: how a process finds the others, one link a pair, what it
-// asks them all, and the once-a-second look. What is said on a link is heard by the
-// pool (handoff_pool_unix.go); bytes are handoff_wire_unix.go's.
+// The links of a handoff: how a process finds the others, and one link a pair. What is
+// said on a link is heard by the pool (handoff_pool_unix.go); bytes are
+// handoff_wire_unix.go's.
 
 import (
 	"cmp"

@@ -5,9 +5,8 @@ package lblisten
 // Handoff: processes that name one directory hold duplicates of each other's listening
 // sockets. Here is what the addresses of a process ask of it: to enter and leave, to
 // deposit a socket before it is bound, to claim one for a member, and what would become
-// of the sockets; and apply, which shares with an address what nobody else serves. How
-// the others are told is in handoff_link_unix.go, what each knows in
-// handoff_pool_unix.go, what an address does with a socket that it shares in inherit.go.
+// of the sockets. What an address shares is found out in handoff_share_unix.go, how the
+// others are told is in handoff_link_unix.go, what each knows in handoff_pool_unix.go.
 //
 // The order of locks is handoff.applying, address.mu, handoff.mu, link.mu. Nothing
 // waits, and nothing of the user's is called, under the last three.
