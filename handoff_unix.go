@@ -199,7 +199,10 @@ func (h *handoff) leave(a *address) (others bool) {
 	h.mu.Unlock()
 	begin := time.Now()
 	q, _ := h.ask(context.Background(), frame{kind: frameOff, at: a.at}, nil)
-	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 }) // one that has just died
+	if q.yes == 0 { // is whoever hasn't answered dead? Those in the directory without a link are dialled
+		h.look()
+	}
+	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 })
 	if left := exchangeTime - time.Since(begin); left > time.Millisecond {              // one that has just come still asks for what it lacks
 		h.await(context.Background(), left, func() bool { return h.pool.isHandedOver(a.at) })
 	}
