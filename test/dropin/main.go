@@ -18,11 +18,21 @@ import (
 type suite struct {
 	module, version string
 	packages        []string
-	run, skip       string // of go test, for what needs more
+	run, skip       string // of go test, for what needs more, or judges by milliseconds
+	conflicts       string // tests that expect EADDRINUSE: WithLB is for listening twice
 }
 
 var suites = []suite{
-	{"github.com/emersion/go-smtp", "v0.25.1", []string{"./..."}, "", ""},
+	{"github.com/Shopify/toxiproxy/v2", "v2.5.0", []string{"./..."}, "", "Latency|Slicer|Bandwidth",
+		"^(TestCreateProxyPortConflict|TestRestartFailedToStartProxy|TestStartTwoProxiesOnSameAddress)$"},
+	{"github.com/emersion/go-smtp", "v0.25.1", []string{"./..."}, "", "", ""},
+	{"github.com/gliderlabs/ssh", "v0.3.8", []string{"."}, "", "", ""},
+	{"github.com/miekg/dns", "v1.1.62", []string{"."}, "", "", "^TestServerReuseaddr$"},
+	{"github.com/mochi-mqtt/server/v2", "v2.7.9", []string{".", "./listeners", "./packets", "./system"}, "", "", ""},
+	{"github.com/pires/go-proxyproto", "v0.8.0", []string{"./..."}, "", "", ""},
+	{"github.com/soheilhy/cmux", "v0.1.5", []string{"."}, "", "", ""},
+	{"github.com/tidwall/redcon", "v1.6.4", []string{"."}, "", "", ""},
+	{"github.com/xtaci/smux", "v1.5.34", []string{"."}, "", "", ""},
 }
 
 func main() {
