@@ -25,8 +25,10 @@ type suite struct {
 var suites = []suite{
 	{"github.com/Shopify/toxiproxy/v2", "v2.5.0", []string{"./..."}, "", "Latency|Slicer|Bandwidth",
 		"^(TestCreateProxyPortConflict|TestRestartFailedToStartProxy|TestStartTwoProxiesOnSameAddress)$"},
+	{"github.com/emersion/go-imap", "v1.2.1", []string{"./client", "./server"}, "", "", ""},
 	{"github.com/emersion/go-smtp", "v0.25.1", []string{"./..."}, "", "", ""},
 	{"github.com/gliderlabs/ssh", "v0.3.8", []string{"."}, "", "", ""},
+	{"github.com/hashicorp/raft", "v1.7.3", []string{"."}, "NetworkTransport|TCPTransport", "", ""},
 	{"github.com/miekg/dns", "v1.1.62", []string{"."}, "", "", "^TestServerReuseaddr$"},
 	{"github.com/mochi-mqtt/server/v2", "v2.7.9", []string{".", "./listeners", "./packets", "./system"}, "", "", ""},
 	{"github.com/pires/go-proxyproto", "v0.8.0", []string{"./..."}, "", "", ""},
