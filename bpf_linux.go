@@ -57,6 +57,21 @@ func mayUseBPF() bool {
 	return has(unix.CAP_BPF) || has(unix.CAP_SYS_ADMIN)
 }
 
+// isNoBPF tells whether a program isn't loaded because this kernel doesn't know what it
+// asks for, or has no bpf(2); a filter of system calls can't be taken off either.
+func isNoBPF(err error) bool {
+	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EACCES)
+}
+
+// whatMigrationTakes says what to do when no program that lets the kernel inherit can be
+// loaded.
+func whatMigrationTakes(err error) string {
+	if isNoBPF(err) {
+		return "it takes Linux 5.14, and bpf(2) or " + migrateSysctl + "=1"
+	}
+	return "give the process CAP_BPF or set " + migrateSysctl + "=1"
+}
+
 // errNoCapability is what bpf(2) would say.
 var errNoCapability error = unix.EPERM
 
@@ -163,12 +178,11 @@ func useMigration(socket int) error {
 			fd, err = loadProgram(migrateProgram)
 		}
 		switch {
-		case errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EACCES):
-			// Not known to this kernel; a filter of system calls can't be taken off either.
-			m.never = fmt.Errorf("loading the program that lets the kernel inherit: %w; it takes Linux 5.14 with bpf(2)", err)
+		case isNoBPF(err):
+			m.never = fmt.Errorf("loading the program that lets the kernel inherit: %w; %s", err, whatMigrationTakes(err))
 			return m.never
 		case err != nil: // privileges come and go
-			return fmt.Errorf("loading the program that lets the kernel inherit: %w; give the process CAP_BPF or set %s=1", err, migrateSysctl)
+			return fmt.Errorf("loading the program that lets the kernel inherit: %w; %s", err, whatMigrationTakes(err))
 		}
 		m.fd = fd
 	}

@@ -145,10 +145,11 @@ func (n *netspace) migrations() uint64 {
 	return count
 }
 
-// migrates tells whether the kernel migrates without a program.
+// migrates tells whether the kernel migrates without a program. The sysctl alone doesn't
+// say so: Debian's 5.10 has it, counts no migration and does none.
 func (n *netspace) migrates() bool {
 	var b [1]byte
-	if n.sysctl < 0 || n.hold() != nil {
+	if n.sysctl < 0 || n.column < 0 || n.hold() != nil {
 		return false
 	}
 	defer n.leave()

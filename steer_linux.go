@@ -74,7 +74,7 @@ type inForce struct {
 // kernelSteers tells whether this kernel can steer so at all: nil, or why not.
 func kernelSteers(s Steering) error {
 	if s == SteerCPU && !atLeastLinux(6, 2) {
-		return errors.New("SO_INCOMING_CPU steers from Linux 6.2 on")
+		return fmt.Errorf("%w by this kernel: SO_INCOMING_CPU steers from Linux 6.2 on", ErrUnsupported)
 	}
 	return nil
 }
@@ -118,7 +118,7 @@ func newKernelSteering(a *address, req *request, kept []*socket) (*kernelSteerin
 		}
 		var err error
 		if k.table, err = newSteerTable(a.steering); err != nil && a.steering == SteerLoad {
-			return nil, fmt.Errorf("steering by load is %w here: loading its program: %w; give the process CAP_BPF, or use WithDispatcher", ErrUnsupported, err)
+			return nil, fmt.Errorf("steering by load is %w here: loading its program: %w; it takes CAP_BPF and Linux 5.14, or use WithDispatcher", ErrUnsupported, err)
 		}
 		k.publish(nil, noPrivilege(err))
 		if k.older { // with its program goes its table, which has the sockets
@@ -137,7 +137,7 @@ func noPrivilege(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("a classic program steers, in the place of the one that lets the kernel inherit (%w): give the process CAP_BPF for both, or set %s=1", err, migrateSysctl)
+	return fmt.Errorf("a classic program steers, in the place of the one that lets the kernel inherit: %w; %s", err, whatMigrationTakes(err))
 }
 
 // publish says what is in force from now on.

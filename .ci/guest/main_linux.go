@@ -38,6 +38,9 @@ func main() {
 		}
 	}
 	loopback()
+	version, _ := os.ReadFile("/proc/version")
+	_, err := os.Stat("/proc/sys/net/ipv4/tcp_migrate_req")
+	fmt.Printf("guest: %s, tcp_migrate_req: %v\n", strings.TrimSpace(string(version)), err == nil)
 	arguments, err := os.ReadFile("/arguments")
 	must(err)
 	environment, err := os.ReadFile("/environment")
