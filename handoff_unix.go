@@ -203,7 +203,7 @@ func (h *handoff) leave(a *address) (others bool) {
 		h.look()
 	}
 	h.await(context.Background(), patience, func() bool { return len(h.dialing) == 0 })
-	if left := exchangeTime - time.Since(begin); left > time.Millisecond {              // one that has just come still asks for what it lacks
+	if left := exchangeTime - time.Since(begin); left > time.Millisecond { // one that has just come still asks for what it lacks
 		h.await(context.Background(), left, func() bool { return h.pool.isHandedOver(a.at) })
 	}
 	h.mu.Lock()
