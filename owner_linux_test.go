@@ -123,6 +123,7 @@ func callsBetweenMarks(t *testing.T, trace string) map[string]int {
 // retries aside, and every connection is served.
 func TestAcceptCallFailsAtRandom(t *testing.T) {
 	needSocketCalls(t)
+	needSeccompAction(t, unix.SECCOMP_RET_USER_NOTIF)
 	inModes(t, func(t *testing.T, m mode) {
 		out := strings.TrimSpace(runWorker(t, "acceptCallFails", "LBLISTEN_TEST_OPTIONS="+m.name, "GODEBUG=asyncpreemptoff=1", "GORACE=atexit_sleep_ms=0"))
 		if why, ok := strings.CutPrefix(out, "unsupported: "); ok {

@@ -202,6 +202,15 @@ func needSocketCalls(t *testing.T) {
 	}
 }
 
+// needSeccompAction skips where a filter can't do that with a system call. Before Linux
+// 4.14, and in gVisor, the kernel can't be asked.
+func needSeccompAction(t *testing.T, action uint32) {
+	t.Helper()
+	if _, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_GET_ACTION_AVAIL, 0, uintptr(unsafe.Pointer(&action))); e != 0 {
+		t.Skipf("the kernel has no action %#x of seccomp(2): %v", action, e)
+	}
+}
+
 // needBPF skips where the machine itself has no bpf(2), or no program of ours.
 func needBPF(t *testing.T) {
 	t.Helper()
