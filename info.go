@@ -246,7 +246,7 @@ type Stats struct {
 	// Queued connections are established and no Accept has returned them yet: those
 	// in the member's own socket, or in the shared one if it has none. Backlog is
 	// the limit in force for them. Both are -1 where the system doesn't tell: it is
-	// told for TCP on Linux, and on FreeBSD.
+	// told for TCP on Linux, but not by gVisor, and on FreeBSD.
 	Queued, Backlog int
 }
 

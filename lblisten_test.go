@@ -43,7 +43,7 @@ func TestWithoutOptionsIsNetListen(t *testing.T) {
 		ln, err := Listen("tcp", "127.0.0.1:0", WithBacklog(3))
 		require.NoError(t, err)
 		require.IsType(t, (*net.TCPListener)(nil), ln)
-		if c, err := ln.(syscall.Conn).SyscallConn(); runtime.GOOS == "linux" {
+		if c, err := ln.(syscall.Conn).SyscallConn(); runtime.GOOS == "linux" && tellsQueues() {
 			require.NoError(t, err)
 			_, backlog := queuesOf([]syscall.RawConn{c})
 			require.Equal(t, 3, backlog)

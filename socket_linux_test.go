@@ -23,6 +23,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// tellsQueues is whether the kernel tells how many connections are queued in a socket, asked
+// of one that package net has made, with a connection in it.
+var tellsQueues = sync.OnceValue(func() bool {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	check(err)
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	check(err)
+	defer client.Close()
+	c, err := ln.(*net.TCPListener).SyscallConn()
+	check(err)
+	told := func() bool {
+		var info *unix.TCPInfo
+		check(onFD(c, func(fd uintptr) (err error) {
+			info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			return err
+		}))
+		return info.Unacked == 1
+	}
+	for begin := time.Now(); !told(); time.Sleep(time.Millisecond) {
+		if time.Since(begin) > limit(200*time.Millisecond) {
+			return false
+		}
+	}
+	return true
+})
+
 // When a system call of Listen fails, Listen returns the error with the address,
 // and nothing of the listener is left; the group that it was to join, and the
 // handoff, go on.

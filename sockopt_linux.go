@@ -67,10 +67,11 @@ func deviceByName(fd uintptr) int {
 
 // queueLength returns the number of connections that are queued in a listening
 // socket, and the limit in force. Both are fields of TCP_INFO that mean
-// something else on a connection (tcp_get_info in net/ipv4/tcp.c).
+// something else on a connection (tcp_get_info in net/ipv4/tcp.c). What speaks Linux and
+// isn't it leaves them 0 (gVisor): a limit of 0 tells nothing.
 func queueLength(fd uintptr) (queued, backlog int) {
 	info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-	if err != nil {
+	if err != nil || info.Unacked == 0 && info.Sacked == 0 {
 		return -1, -1
 	}
 	return int(info.Unacked), int(info.Sacked)
