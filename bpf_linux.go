@@ -225,6 +225,17 @@ func detachProgram(fd uintptr) error {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0))
 }
 
+// takeProgram takes off the program of a socket that is not bound yet, and tells whether
+// there was one. It fails where no program can be had: gVisor says yes to every option
+// that it doesn't know, so a second one seems to be there, where Linux has none any more.
+func takeProgram(fd uintptr) (was bool, none error) {
+	was = detachProgram(fd) == nil
+	if was && detachProgram(fd) == nil {
+		return false, hint(ErrUnsupported, "the kernel says yes to reuseport programs and has none; WithDispatcher has source and load")
+	}
+	return was, nil
+}
+
 // attachClassic attaches the program that chooses by source between the places of the
 // kernel's group.
 func attachClassic(socket, places int) error {

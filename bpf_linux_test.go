@@ -109,6 +109,23 @@ func TestProbeOfOtherKernels(t *testing.T) {
 	}
 }
 
+// A Control that attaches nothing isn't taken for one that attaches a program, also by a
+// kernel that says yes to every option.
+func TestControlWithoutProgram(t *testing.T) {
+	modes[0].need(t)
+	noLeaks(t)
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return nil }}
+	g, _ := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithListenConfig(lc))
+	require.NotContains(t, g.Info().String(), "Control attaches")
+	steered, err := Listen("tcp", "127.0.0.1:0", WithRequireKernel(), WithListenConfig(lc), WithSteering(SteerSource))
+	if err != nil {
+		require.NotContains(t, err.Error(), "Control attaches")
+		require.ErrorIs(t, err, ErrUnsupported)
+		t.Skip(err)
+	}
+	require.NoError(t, steered.Close())
+}
+
 // Without the capability bpf(2) isn't called at all, by any mode, whatever becomes of
 // the members: a filter may kill a process for it. TestKilledForBPF tries that.
 func TestNoBPFWithoutCapability(t *testing.T) {

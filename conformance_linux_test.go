@@ -57,6 +57,7 @@ func attach(t testing.TB, l *Listener, program ...cbpf.Instruction) {
 	for i, in := range raw {
 		code[i] = unix.SockFilter{Code: in.Op, Jt: in.Jt, Jf: in.Jf, K: in.K}
 	}
+	needPrograms(t)
 	require.NoError(t, onDescriptor(l, func(fd int) error {
 		return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]})
 	}))

@@ -253,6 +253,8 @@ func (r *request) fits(noKernel error) error {
 		return fmt.Errorf("steering by %v is %w on a socket to which Control attaches a reuseport program: the address has one program", r.steering, ErrUnsupported)
 	case noKernel == nil && r.program && r.pinned != nil:
 		return fmt.Errorf("WithPinnedProgram: %w on a socket to which Control attaches a reuseport program: the address has one program", ErrUnsupported)
+	case noKernel == nil && r.noPrograms != nil && r.steering.byProgram():
+		return fmt.Errorf("steering by %v: %w", r.steering, r.noPrograms)
 	case noKernel == nil && kernelSteers(r.steering) != nil:
 		return fmt.Errorf("steering by %v: %w", r.steering, kernelSteers(r.steering))
 	}

@@ -82,6 +82,8 @@ type request struct {
 	noKernel  error     // why the kernel can't balance there; nil if it can
 	keepAlive keepAlive // what a socket of its own would give to connections
 	program   bool      // its Control attaches a reuseport program
+
+	noPrograms error // why no reuseport program can be in force; nil if one may
 }
 
 var errProbe = errors.New("the probe ends before bind")
@@ -141,7 +143,9 @@ func (r *request) examine(fd uintptr, family string) facts {
 	}
 	r.noKernel = joinKernelGroup(fd)
 	if r.lc.Control != nil {
-		r.program = detachProgram(fd) == nil
+		r.program, r.noPrograms = takeProgram(fd)
+	} else if r.steering.byProgram() {
+		_, r.noPrograms = takeProgram(fd)
 	}
 	_, set := lean(r.lc)
 	set(fd)

@@ -74,7 +74,7 @@ type inForce struct {
 // kernelSteers tells whether this kernel can steer so at all: nil, or why not.
 func kernelSteers(s Steering) error {
 	if s == SteerCPU && !atLeastLinux(6, 2) {
-		return fmt.Errorf("%w by this kernel: SO_INCOMING_CPU steers from Linux 6.2 on", ErrUnsupported)
+		return hint(ErrUnsupported, "SO_INCOMING_CPU steers from Linux 6.2 on")
 	}
 	return nil
 }

@@ -194,6 +194,7 @@ func toFirst(fd uintptr) error {
 // The user's own reuseport program stays, attached in Control or later, with CAP_BPF
 // or without, whoever joins or leaves. Steering by another one is an error.
 func TestUsersProgramStays(t *testing.T) {
+	needPrograms(t)
 	noLeaks(t)
 	first := true
 	own := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
@@ -285,6 +286,7 @@ func TestSteeredMembersHaveALimit(t *testing.T) {
 	if most.Cur < 1100 {
 		t.Skipf("%d descriptors are too few", most.Cur)
 	}
+	needSteering(t, WithSteering(SteerSource))
 	noLeaks(t)
 	g, ls := newTestGroup(t, steeredMost, "tcp4", "127.0.0.1:0", WithSteering(SteerSource))
 	_, err := Listen("tcp4", g.Addr().String(), WithSteering(SteerSource))

@@ -19,7 +19,7 @@ func newKernelSteering(*address, *request, []*socket) (*kernelSteering, error) {
 	return &kernelSteering{}, nil
 }
 
-func detachProgram(fd uintptr) error { return ErrUnsupported }
+func takeProgram(fd uintptr) (was bool, none error) { return false, nil }
 
 func (*kernelSteering) control(fd uintptr) error          { return nil }
 func (*kernelSteering) add(*socket)                       {}
