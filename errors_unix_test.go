@@ -30,8 +30,9 @@ func TestAddressInUseIsNets(t *testing.T) {
 		opts = append(opts, WithHandoff(handoffPath(t)))
 	}
 	for _, c := range [][2]string{{"tcp", ":" + port}, {"tcp", "[::]:" + port}, {"tcp", "localhost:" + port}, {"unix", file}} {
-		_, want := net.Listen(c[0], c[1])
+		ln, want := net.Listen(c[0], c[1])
 		if want == nil {
+			require.NoError(t, ln.Close())
 			continue // another family than the one that is in use
 		}
 		for _, opt := range opts {
