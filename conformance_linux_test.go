@@ -246,7 +246,7 @@ func dialMapped(t *trial, a net.Addr) net.Conn {
 	f := os.NewFile(uintptr(fd), "mapped")
 	defer f.Close()
 	to := &unix.SockaddrInet6{Port: a.(*net.TCPAddr).Port, Addr: [16]byte(net.IPv4(127, 0, 0, 1).To16())}
-	require.NoError(t, unix.Connect(fd, to))
+	require.NoError(t, connect(fd, to))
 	c, err := net.FileConn(f)
 	require.NoError(t, err)
 	require.NoError(t, c.(*net.TCPConn).SetLinger(0))
@@ -274,7 +274,7 @@ func onEachCPU(t *trial, ls []*Listener, cpuOf func(*Listener) int) {
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			require.NoError(t, err)
 			t.dialled++
-			require.NoError(t, unix.Connect(fd, sockaddr(l.Addr())))
+			require.NoError(t, connect(fd, sockaddr(l.Addr())))
 			acceptWithin(t, l).Close()
 			unix.Close(fd)
 		}

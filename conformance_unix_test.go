@@ -176,7 +176,7 @@ func init() {
 			fd, err := boundSocket(ls[0].Addr())
 			require.NoError(t, err)
 			defer unix.Close(fd)
-			require.NoError(t, unix.Connect(fd, sockaddr(far[0].Addr())))
+			require.NoError(t, connect(fd, sockaddr(far[0].Addr())))
 			require.Equal(t, ls[0].Addr().String(), acceptWithin(t, far[0]).RemoteAddr().String())
 			w := t.accept(ls...)
 			t.isSpread(w.end(w.dial(ls[0].Addr(), 96)))

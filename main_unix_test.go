@@ -45,6 +45,26 @@ func onFD(c syscall.RawConn, f func(fd uintptr) error) error {
 	return err
 }
 
+// connect is connect(2), which a signal interrupts on some systems (of gVisor's it is seen)
+// and which goes on then: the socket is writable when it has ended.
+func connect(fd int, to unix.Sockaddr) error {
+	err := unix.Connect(fd, to)
+	if err != unix.EINTR {
+		return err
+	}
+	for err == unix.EINTR {
+		_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
+	}
+	if err != nil {
+		return err
+	}
+	number, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && number != 0 {
+		err = syscall.Errno(number)
+	}
+	return err
+}
+
 // must is for workers.
 func must(err error) {
 	if err != nil {

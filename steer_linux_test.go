@@ -213,7 +213,7 @@ func TestSteerCPU(t *testing.T) {
 			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			require.NoError(t, err)
 			a := g.Addr().(*net.TCPAddr)
-			require.NoError(t, unix.Connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}))
+			require.NoError(t, connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}))
 			acceptWithin(t, l).Close()
 			unix.Close(fd)
 		}
