@@ -531,6 +531,7 @@ func TestHandoffOutOfDescriptors(t *testing.T) {
 // was there before or comes then.
 func TestHandoffFromAProcessWithoutDescriptors(t *testing.T) {
 	beside(t)
+	needKeptQueue(t) // of its unix socket too
 	for _, before := range []bool{true, false} {
 		t.Run(map[bool]string{true: "full when there are two", false: "full before the other comes"}[before], func(t *testing.T) {
 			beside(t)

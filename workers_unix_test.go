@@ -20,6 +20,7 @@ func init() {
 	for name, w := range map[string]func(){
 		"outOfDescriptors":       outOfDescriptorsWorker,       // accepts without descriptors, and with them again
 		"busyWithoutDescriptors": busyWithoutDescriptorsWorker, // measures the CPU time of loops without descriptors
+		"acceptsInVain":          acceptsInVainWorker,          // finds out what accept(2) does without descriptors
 		"oneError":               oneErrorWorker,               // has many Accepts wait while one gets an error
 		"faultServer":            faultServerWorker,            // listens and echoes, until its standard input ends
 		"closeOnExec":            closeOnExecWorker,            // looks which descriptors exec leaves open
