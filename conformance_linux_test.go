@@ -135,6 +135,7 @@ func init() {
 		{name: "a member's socket is shut down, with half-open connections", loses: onlyKernelInherits, do: shutDown(true)},
 		{name: "sources stay at their members, and all members have some", do: func(t *trial) {
 			t.only(t.kernel() && !t.handoff, "see TestSteerSource, and for a handoff the row of one source")
+			t.needSteering(SteerSource)
 			ls := t.group(4, WithSteering(SteerSource))
 			w := t.accept(ls...)
 			before, used := make([]int64, 4), make([]bool, 4)

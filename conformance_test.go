@@ -211,7 +211,7 @@ var conformance = []scenario{
 			ls = append(ls, t.join(ls[0]))
 		}
 		require.Equal(t, 64, ls[0].Info().Members)
-		clients := t.dial(ls[0].Addr(), 192)
+		clients := t.dial(ls[0].Addr(), queued(192, max(1, len(socketsAt(ls[0])))))
 		for _, l := range ls[:63] {
 			require.NoError(t, l.Close())
 		}
