@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	// ErrUnsupported is what this system, network or address cannot do. It is
+	// ErrUnsupported says that this system, network or address cannot do it. It is
 	// also an errors.ErrUnsupported.
 	ErrUnsupported error = unsupported{}
 

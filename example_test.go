@@ -49,7 +49,7 @@ func Example() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
-	g, err := lblisten.ListenGroup(ctx, "tcp", ":8080", 4, lblisten.WithHandoff("/run/app/lb.sock"))
+	g, err := lblisten.ListenGroup(ctx, "tcp", ":8080", 4, lblisten.WithHandoff("/run/app/handoff"))
 	if err != nil {
 		slog.Error("cannot listen", "error", err)
 		return

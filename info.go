@@ -221,7 +221,7 @@ func (i Info) MarshalJSON() ([]byte, error) {
 	return json.Marshal(j)
 }
 
-// UnmarshalJSON reads what MarshalJSON wrote. Of the reason it has the text alone.
+// UnmarshalJSON reads what MarshalJSON wrote. It keeps only the text of the reason.
 func (i *Info) UnmarshalJSON(b []byte) error {
 	var j infoJSON
 	if err := json.Unmarshal(b, &j); err != nil {
@@ -238,9 +238,9 @@ func (i *Info) UnmarshalJSON(b []byte) error {
 type Stats struct {
 	Accepted uint64 // connections that Accept has returned
 
-	// Inherited are those of them that came through a socket which a closed member or
-	// another process had owned, until a new member adopts it, and for a minute at the
-	// most: in a steady service it stays what it is.
+	// Inherited counts those of them that came through a socket that a closed member or
+	// another process had owned: until a new member adopts it, and for a minute at the
+	// most, so that it stays what it is in a steady service.
 	Inherited uint64
 
 	// Queued connections are established and no Accept has returned them yet: those

@@ -30,10 +30,10 @@
 // [WithDispatcher], the members of a process share one socket and take turns
 // at accepting from it; each connection goes to the member that rendezvous
 // hashing of its addresses ranks first among those that wait in Accept.
-// [Listener.Info] says which of them is in force, and why nothing stronger is;
-// [WithRequireKernel] makes an error of the second.
+// [Listener.Info] says which of the two is in force, and why not more;
+// [WithRequireKernel] has Listen fail instead of using the dispatcher.
 //
-// # What is lost when
+// # What is lost, and when
 //
 // When a member closes while another member of its group in this process
 // lives, nothing is lost: its socket stays open and its siblings accept from
@@ -41,14 +41,14 @@
 // asks for it, so what is queued stays in the kernel. When the last member
 // closes, or the process dies, queued connections are reset by the kernel, unless another
 // process inherits them: by [WithHandoff], on any unix and without privilege, or by
-// the kernel itself, as DragonFly's does, and that of Linux as below. A service of one
+// the kernel itself: DragonFly's always, Linux's under the conditions below. A service of one
 // process, which is stopped and then started, loses nothing while systemd or a keeper
 // holds its sockets: see [WithSystemd] and [Keep].
 //
 // # Which privilege buys what
 //
-// None is needed for anything but the inheritance by Linux's kernel, which
-// [WithHandoff] makes needless. From Linux 5.14 the kernel can give the queue of a
+// Only inheritance by Linux's kernel takes one, which [WithHandoff] makes needless, and
+// [SteerLoad] where the kernel balances. From Linux 5.14 the kernel can give the queue of a
 // process that dies to the other processes on the address, half-open connections
 // included. One of these is enough:
 //
@@ -62,16 +62,15 @@
 // [Info].OnKill says whether it is in force, and Reason what is missing. The
 // kernel's migration itself loses about one connection in 1000 closes of a
 // socket under saturation, so inside a process sockets are inherited as
-// everywhere. Kernels before the fix of 2026 ("tcp: call sk_data_ready() after
-// listener migration", CVE-2026-46015) don't wake the heir: so once a second a
-// goroutine, with a thread that sleeps, looks whether the kernel has migrated something,
-// and has the waiting Accepts look then. 3000 idle listeners take 0.05 % of a core.
+// everywhere.
 //
-// [SteerLoad] takes CAP_BPF too where the kernel balances; the other steerings, and
-// all of the dispatcher's, take no privilege.
+// Kernels before the fix of 2026 ("tcp: call sk_data_ready() after listener migration",
+// CVE-2026-46015) don't wake the heir. So once a second a goroutine, with a thread that
+// sleeps, looks whether the kernel has migrated something, and has the waiting Accepts
+// look then. 3000 idle listeners take 0.05 % of a core.
 //
-// Without one of these capabilities bpf(2) is never called: a filter of system calls, as
-// systemd's SystemCallFilter=@system-service, may kill a process for it.
+// Without CAP_BPF or CAP_SYS_ADMIN bpf(2) is never called: a filter of system calls, such
+// as systemd's SystemCallFilter=@system-service, may kill a process that calls it.
 //
 // # Containers, systemd, Kubernetes, macOS, Windows
 //
@@ -80,8 +79,8 @@
 // directory too, such as one in a volume of the pod, or in systemd's RuntimeDirectory=.
 // [WithSystemd] takes sockets that systemd has opened (socket activation), and has systemd
 // keep those that Listen opens. macOS and Windows balance nothing, so members are the
-// dispatcher's; a second process on an address is EADDRINUSE there, on macOS but with
-// WithHandoff.
+// dispatcher's; a second process on an address fails with EADDRINUSE there; on
+// macOS WithHandoff allows it.
 //
 // # How do I restart without downtime
 //
@@ -167,9 +166,9 @@ func ListenGroup(ctx context.Context, network, address string, n int, opts ...Op
 // (nil, nil) as a temporary error. Nobody else is harmed by it. If Dispatch returns
 // an error, ln is untouched.
 //
-// Of ln's connections the addresses are asked only if they are package net's, or a
-// *tls.Conn over one, because others may wait for the client to tell them. Any other
-// connection goes to any member, also with SteerSource; Info.Reason says so then.
+// Dispatch asks a connection for its addresses only if it is package net's, or a *tls.Conn
+// over one, because others may wait for the client to tell them. Any other connection goes
+// to any member, also with SteerSource; Info.Reason says so then.
 //
 // If ln has no SetDeadline (as those of tls.NewListener, netutil.LimitListener
 // and cmux have none) its Accept can't be interrupted. A goroutine accepts

@@ -67,7 +67,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// AcceptTCP is Accept for listeners of TCP. Of any other it returns
+// AcceptTCP is Accept for listeners of TCP. For any other it returns
 // [ErrUnsupported] and accepts nothing.
 func (l *Listener) AcceptTCP() (*net.TCPConn, error) {
 	if l.a.d != nil && !l.a.d.isTCP {
@@ -146,7 +146,7 @@ func (l *Listener) holder(op string) (net.Listener, error) {
 	return ln, nil
 }
 
-// Info returns what is in force. Of a closed listener it is the zero Info, with
+// Info returns what is in force. For a closed listener it is the zero Info, with
 // net.ErrClosed as the Reason.
 func (l *Listener) Info() Info {
 	if l.isClosed() {

@@ -108,8 +108,8 @@ func WithBacklog(n int) Option {
 // WithListenConfig opens sockets with lc: Control, KeepAlive and
 // KeepAliveConfig mean what they mean in package net. Control is called
 // before bind and may set any option; a Control error is returned as it is. With
-// WithLB it is called once more, for a socket that is closed again: by that the package
-// finds out what the address is. The network namespace, the device to which Control
+// WithLB it is called once more, for a socket that is closed again: that is how the
+// package finds out what the address is. The network namespace, the device to which Control
 // binds and IPV6_V6ONLY belong to the address: listeners that differ in them are
 // strangers to each other.
 // A balanced socket is plain TCP: Multipath TCP, which lc may ask for, is off
@@ -125,8 +125,8 @@ func WithListenConfig(lc net.ListenConfig) Option {
 
 // WithPinnedProgram is WithLB, and makes Linux's kernel inherit by the BPF
 // program that is pinned at path in a BPF file system, instead of one that Listen
-// loads itself. Loading takes CAP_BPF; a pinned program any process can use that
-// may read and write the file. It takes the place of the program that is in
+// loads itself. Loading takes CAP_BPF; any process that may read and write
+// the file can use a pinned program. It takes the place of the program that is in
 // force for the address, in all processes. Listen fails if it can't be used, with
 // [ErrUnsupported] on other systems and where the kernel doesn't balance.
 //
@@ -139,13 +139,13 @@ func WithPinnedProgram(path string) Option {
 
 // WithHandoff is WithLB, and lets the processes of this user that name the same directory
 // inherit each other's sockets: a restart, a crash or a kill of any of them loses no queued
-// connection. It takes no privilege, no parent process and no supervisor. While a keeper
+// connection. It needs no privilege, no parent process and no supervisor. While a keeper
 // lives (see [Keep]) that is so of a service of one process, too.
 //
 // The path is that of a directory, from the root, of at most some 85 bytes. It is made with
 // mode 0700 if it isn't there (its parent must be); otherwise it must belong to this user
-// with mode 0700. All processes must be in one network namespace. What is wrong is an error
-// of Listen that says what to do. Several addresses may use one path. Given twice, the last
+// with mode 0700. All processes must be in one network namespace. If something is wrong,
+// Listen's error says what to do. Several addresses may use one path. Given twice, the last
 // one counts.
 //
 // Listen and Close wait until the others have confirmed: a second at most, also for one
@@ -174,10 +174,10 @@ func WithHandoff(path string) Option {
 //
 // It takes sockets of a .socket unit as well: those of the address that systemd has
 // opened, by LISTEN_FDS; names don't matter. With ReusePort=yes they are balanced by the
-// kernel; one that isn't is shared by the dispatcher, and Info.Reason says so.
+// kernel; a socket without it is shared by the dispatcher, and Info.Reason says so.
 //
-// What is in the store and no Listen asks for within 30 s of the start, or of the last
-// Close on its address, is taken out of it. Closing takes nothing out: the process may be
+// A stored socket that no Listen asks for within 30 s of the start, or of the last Close
+// on its address, is taken out of the store. Closing takes nothing out: the process may be
 // about to end. Until then the port is in use, and whoever connects waits. A unix socket's
 // file stays with its socket.
 //

@@ -48,8 +48,14 @@ func serve(addr string) error {
 		hangup := make(chan os.Signal, 1)
 		signal.Notify(hangup, syscall.SIGHUP)
 		for range hangup {
-			if err := upg.Upgrade(); err != nil {
+			err := upg.Upgrade()
+			for try := 0; err != nil && try < 100; try++ { // its own parent may not have ended yet
+				time.Sleep(50 * time.Millisecond)
+				err = upg.Upgrade()
+			}
+			if err != nil {
 				fmt.Fprintln(os.Stderr, "tableflip:", err)
+				os.Exit(1)
 			}
 		}
 	}()
