@@ -130,8 +130,16 @@ func loadProgram(program []insn) (int, error) {
 		keep:       code,
 	}
 	copy(attr.name[:], "lblisten")
-	return bpf(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Offsetof(attr.keep))
+	for try := 1; ; try++ {
+		fd, err := bpf(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Offsetof(attr.keep))
+		if err != unix.EAGAIN || try == loadTries { // a signal came while the kernel verified it
+			return fd, err
+		}
+	}
 }
+
+// loadTries is how often a program is loaded at the most.
+const loadTries = 100
 
 // openPinned opens a program that was pinned in a BPF file system. It needs no
 // more than the permission to read and write the file.
@@ -235,6 +243,17 @@ func takeProgram(fd uintptr) (was bool, none error) {
 	}
 	return was, nil
 }
+
+// noPrograms is why this kernel has no reuseport programs, nil if it has them.
+var noPrograms = sync.OnceValue(func() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(fd)
+	_, none := takeProgram(uintptr(fd))
+	return none
+})
 
 // attachClassic attaches the program that chooses by source between the places of the
 // kernel's group.

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/require"
 	cbpf "golang.org/x/net/bpf"
@@ -505,4 +506,21 @@ func TestTwentyKillsUnderContinuousDials(t *testing.T) {
 			require.LessOrEqual(t, o.Lost, 1)
 		})
 	}
+}
+
+// A signal that comes while the kernel verifies a program has it loaded again.
+func TestProgramIsLoadedAgain(t *testing.T) {
+	needBPF(t)
+	before, calls := bpf, 0
+	defer func() { bpf = before }()
+	bpf = func(cmd int, attr unsafe.Pointer, size uintptr) (int, error) {
+		if calls++; calls < 4 {
+			return -1, unix.EAGAIN
+		}
+		return before(cmd, attr, size)
+	}
+	fd, err := loadProgram(migrateProgram)
+	require.NoError(t, err)
+	require.NoError(t, unix.Close(fd))
+	require.Equal(t, 4, calls)
 }

@@ -145,7 +145,7 @@ func (r *request) examine(fd uintptr, family string) facts {
 	if r.lc.Control != nil {
 		r.program, r.noPrograms = takeProgram(fd)
 	} else if r.steering.byProgram() {
-		_, r.noPrograms = takeProgram(fd)
+		r.noPrograms = noPrograms()
 	}
 	_, set := lean(r.lc)
 	set(fd)

@@ -50,7 +50,7 @@ func TestProgramsAreAttachedOnce(t *testing.T) {
 			require.Contains(t, string(b), "SO_REUSEPORT", "nothing was traced")
 			require.Equal(t, attaches, strings.Count(string(b), "SO_ATTACH_REUSEPORT_CBPF"))
 			require.Zero(t, strings.Count(string(b), "SO_ATTACH_REUSEPORT_EBPF"))
-			require.Zero(t, strings.Count(string(b), "SO_DETACH_REUSEPORT"))
+			require.LessOrEqual(t, strings.Count(string(b), "SO_DETACH_REUSEPORT"), min(attaches, 1), "whether the kernel has programs is tried once, on a socket of no address")
 			require.Zero(t, strings.Count(string(b), "bpf("))
 		})
 	}

@@ -20,6 +20,7 @@ func newKernelSteering(*address, *request, []*socket) (*kernelSteering, error) {
 }
 
 func takeProgram(fd uintptr) (was bool, none error) { return false, nil }
+func noPrograms() error                             { return nil }
 
 func (*kernelSteering) control(fd uintptr) error          { return nil }
 func (*kernelSteering) add(*socket)                       {}
