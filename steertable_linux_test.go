@@ -31,14 +31,14 @@ func TestSteerLoadByKernel(t *testing.T) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			const half = 500 * time.Millisecond
+			half := limit(500 * time.Millisecond)
 			next := time.Now().Add(half)
 			for {
 				if time.Now().After(next) {
 					time.Sleep(half)
 					next = time.Now().Add(half)
 				}
-				c, err := acceptBy(ls[0], 50*time.Millisecond)
+				c, err := acceptBy(ls[0], limit(50*time.Millisecond))
 				if err != nil {
 					if g.Info().Members == 0 || ls[0].Info().Members == 0 {
 						return
@@ -59,7 +59,7 @@ func TestSteerLoadByKernel(t *testing.T) {
 		d := new(load)
 		var late atomic.Int64
 		n := count(4000, 1000)
-		tick := time.NewTicker(500 * time.Microsecond) // 2000 connections/s
+		tick := time.NewTicker(limit(500 * time.Microsecond)) // 2000 connections/s
 		defer tick.Stop()
 		for range n {
 			<-tick.C
@@ -68,7 +68,7 @@ func TestSteerLoadByKernel(t *testing.T) {
 				defer d.wg.Done()
 				start := time.Now()
 				d.one("tcp", g.Addr().String())
-				if time.Since(start) > 100*time.Millisecond {
+				if time.Since(start) > limit(100*time.Millisecond) {
 					late.Add(1)
 				}
 			}()
@@ -85,7 +85,7 @@ func TestSteerLoadByKernel(t *testing.T) {
 			load = share(SteerLoad)
 		}
 	}
-	t.Logf("waited longer than 100 ms: %.2f %% by the kernel's hash, %.2f %% by load", flow, load)
+	t.Logf("waited longer than %v: %.2f %% by the kernel's hash, %.2f %% by load", limit(100*time.Millisecond), flow, load)
 	require.Less(t, load, 0.5)
 	require.Greater(t, flow, 2.0, "the stall must show by the hash")
 }
