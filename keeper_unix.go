@@ -32,15 +32,22 @@ func keep(ctx context.Context, path string, while time.Duration, log *slog.Logge
 	h.sayLocked(log, news, "this process keeps the sockets of the handoff", "path", path, "processes", len(h.links))
 	h.mu.Unlock()
 	<-ctx.Done()
-	// Another keeper, which may have come an instant ago, is to have everything.
-	h.await(context.Background(), exchangeTime, func() bool {
-		for x, peer := range h.pool.peers {
-			if peer.keeper && !peer.silent && !h.pool.hasAll(x) {
-				return false
+	// Another keeper, which may have come an instant ago, is to have everything: it is given
+	// some seconds, as long as it answers.
+	for range 5 {
+		err := h.await(context.Background(), exchangeTime, func() bool {
+			for x, peer := range h.pool.peers {
+				if peer.keeper && !peer.silent && !h.pool.hasAll(x) {
+					return false
+				}
 			}
+			return len(h.dialing) == 0
+		})
+		if err == nil {
+			break
 		}
-		return len(h.dialing) == 0
-	})
+		h.ask(context.Background(), frame{kind: frameAsk}, nil)
+	}
 	h.setKeeper(-1, while)
 	h.mu.Lock()
 	defer h.mu.Unlock()
