@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -195,12 +196,14 @@ func TestLateAck(t *testing.T) {
 		wait     time.Duration
 		kill     bool
 		handoff  bool
+		sysctl   bool // net.ipv4.tcp_migrate_req=1
 	}{
 		{name: "without privilege", wait: time.Second},
 		{name: "with the migrating program", bpf: true, wait: time.Second},
 		{name: "steered by source, the socket has retired", bpf: true, steering: SteerSource, wait: retireAfter + 3*time.Second},
 		{name: "killed, without privilege", kill: true},
 		{name: "killed, with the migrating program", bpf: true, kill: true},
+		{name: "killed, with the sysctl", sysctl: true, kill: true},
 		{name: "killed, with a handoff", wait: time.Second, kill: true, handoff: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -212,6 +215,9 @@ func TestLateAck(t *testing.T) {
 			}
 			if !c.bpf {
 				filterBPF("EPERM")
+			}
+			if c.sysctl {
+				needMigrateSysctl(t)
 			}
 			setAddress(t, "lo", nil, unix.IFF_UP)
 			clients := newLateClients(t)
@@ -253,8 +259,24 @@ func TestLateAck(t *testing.T) {
 			} else {
 				t.Logf("%d of %d weren't served, as Info has said", n-answered, n)
 			}
+			if c.sysctl {
+				require.True(t, promised)
+				migrated := netstat(t, "TcpExt", "TCPMigrateReqSuccess")
+				t.Logf("%d migrated", migrated)
+				require.Positive(t, migrated)
+			}
 			require.NoError(t, g.Close())
 			serving.Wait()
 		})
 	}
+}
+
+// needMigrateSysctl lets the kernel migrate in this network namespace, without a program.
+func needMigrateSysctl(t *testing.T) {
+	counters, err := os.ReadFile("/proc/net/netstat")
+	require.NoError(t, err)
+	if !strings.Contains(string(counters), "TCPMigrateReqSuccess") {
+		t.Skip("this kernel doesn't migrate: it is older than 5.14")
+	}
+	require.NoError(t, os.WriteFile("/proc/sys/net/ipv4/tcp_migrate_req", []byte("1"), 0))
 }
