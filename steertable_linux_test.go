@@ -32,7 +32,7 @@ func TestSteerLoadByKernel(t *testing.T) {
 		go func() {
 			defer wg.Done()
 			half := limit(500 * time.Millisecond)
-			next := time.Now().Add(half)
+			next := time.Now() // a slow machine's load lasts no longer than the first
 			for {
 				if time.Now().After(next) {
 					time.Sleep(half)
