@@ -166,6 +166,11 @@ func finishKeepAlive(k keepAlive) func(net.Conn) {
 	if k.Enable && (k.Idle == 0 || k.Idle == d) && (k.Interval == 0 || k.Interval == d) && (k.Count == 0 || k.Count == 9) {
 		return nil
 	}
+	return giveKeepAlive(k)
+}
+
+// giveKeepAlive returns what gives a connection its keep-alive.
+func giveKeepAlive(k keepAlive) func(net.Conn) {
 	return func(c net.Conn) {
 		if tcp, ok := c.(*net.TCPConn); ok {
 			tcp.SetKeepAliveConfig(k)
@@ -222,7 +227,7 @@ func (a *address) adoptOrOpen(ctx context.Context, at place, req *request) (*wat
 	if s.received {
 		w.finish = finishKeepAlive(req.keepAlive)
 	} else {
-		s.conn.Control(func(fd uintptr) { adoptKeepAlive(fd, req.keepAlive) })
+		s.conn.Control(func(fd uintptr) { w.finish = adoptKeepAlive(fd, req.keepAlive) })
 	}
 	if req.backlog != nil {
 		if err := setBacklog(s.ln, *req.backlog); err != nil {

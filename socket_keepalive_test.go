@@ -106,6 +106,11 @@ func TestAdoptedSocketHasItsAdoptersKeepAlive(t *testing.T) {
 		if lc.KeepAlive == 1<<62 {
 			continue // what the system refuses is as the opener left it
 		}
+		if k := lc.KeepAliveConfig; k.Idle < 0 || k.Interval < 0 || k.Count < 0 {
+			if !connectionsInherit(t) {
+				continue // what is the system's is as the opener's package net has set it
+			}
+		}
 		plain, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
 		require.NoError(t, err)
 		dialTest(t, plain.Addr())
@@ -135,6 +140,16 @@ func TestAdoptedSocketHasItsAdoptersKeepAlive(t *testing.T) {
 			l.Close()
 		}
 	}
+}
+
+// connectionsInherit is whether a connection has the keep-alive of the listening socket.
+func connectionsInherit(t *testing.T) bool {
+	t.Helper()
+	ln, err := leftAlone.Listen(context.Background(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	dialTest(t, ln.Addr())
+	return optionsOf(t, acceptWithin(t, ln))["SO_KEEPALIVE"] != 0
 }
 
 // Connections of an adopted socket have the keep-alive that the adopter asks for.

@@ -67,3 +67,6 @@ func queueLength(fd uintptr) (queued, backlog int) {
 	}
 	return queued, backlog
 }
+
+// inheritsOptions: an accepted socket has the keep-alive of the listening one.
+func inheritsOptions() bool { return true }

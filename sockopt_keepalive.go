@@ -3,7 +3,7 @@
 package lblisten
 
 // Systems on which an accepted socket inherits the keep-alive of the listening
-// one. There it is set once on the listening socket, instead of by package net
+// one, unless inheritsOptions finds out that it doesn't. There it is set once on the listening socket, instead of by package net
 // on every connection: an Accept costs 4 system calls so, not 8.
 
 import (
@@ -16,6 +16,9 @@ import (
 // lean takes the keep-alive out of lc, and returns what sets it on a listening
 // socket. What lc leaves alone stays what the user's Control has made of it.
 func lean(lc net.ListenConfig) (net.ListenConfig, func(fd uintptr)) {
+	if !inheritsOptions() {
+		return lc, func(uintptr) {}
+	}
 	config, set := keepAliveAsked(lc)
 	lc.KeepAlive, lc.KeepAliveConfig = -1, net.KeepAliveConfig{}
 	return lc, func(fd uintptr) {
@@ -26,7 +29,11 @@ func lean(lc net.ListenConfig) (net.ListenConfig, func(fd uintptr)) {
 }
 
 // keepAliveOf reads the keep-alive of a listening socket.
-func keepAliveOf(fd uintptr, _ net.ListenConfig) keepAlive {
+func keepAliveOf(fd uintptr, lc net.ListenConfig) keepAlive {
+	if !inheritsOptions() {
+		config, _ := keepAliveAsked(lc)
+		return config
+	}
 	get := func(opt int) int {
 		n, _ := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, opt)
 		return n
@@ -39,14 +46,19 @@ func keepAliveOf(fd uintptr, _ net.ListenConfig) keepAlive {
 	}
 }
 
-// adoptKeepAlive gives a listening socket the keep-alive that a new one would have.
-func adoptKeepAlive(fd uintptr, k keepAlive) {
+// adoptKeepAlive gives a listening socket the keep-alive that a new one would have, or
+// returns what gives it to each connection.
+func adoptKeepAlive(fd uintptr, k keepAlive) (finish func(net.Conn)) {
+	if !inheritsOptions() {
+		return giveKeepAlive(k)
+	}
 	on := 0
 	if k.Enable {
 		on = 1
 	}
 	unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, on)
 	setKeepAliveTimes(int(fd), k)
+	return nil
 }
 
 // setKeepAlive does what net.TCPConn.SetKeepAliveConfig does: 0 is package net's

@@ -28,6 +28,11 @@ func isBalanced(fd uintptr) bool {
 	return err == nil && on != 0
 }
 
+// inheritsOptions is whether an accepted socket has the keep-alive of the listening one,
+// which Linux always did. In gVisor it has none, and package net sets it on every
+// connection. A kernel that claims to have reuseport programs, and hasn't, is not Linux.
+func inheritsOptions() bool { return noPrograms() == nil }
+
 // factsOf tells what a socket is besides its address.
 func factsOf(fd uintptr) (is facts) {
 	var err error

@@ -20,4 +20,4 @@ func keepAliveOf(fd uintptr, lc net.ListenConfig) keepAlive {
 }
 
 // adoptKeepAlive: what package net sets on each connection is in the listener.
-func adoptKeepAlive(fd uintptr, k keepAlive) {}
+func adoptKeepAlive(fd uintptr, k keepAlive) (finish func(net.Conn)) { return nil }
