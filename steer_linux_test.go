@@ -130,6 +130,7 @@ func TestProgramNeverStarvesOthers(t *testing.T) {
 	if !alone(t) {
 		return
 	}
+	needSteering(t, WithRequireKernel(), WithSteering(SteerSource))
 	noLeaks(t)
 	g, ls := newTestGroup(t, 2, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerSource))
 	var wg sync.WaitGroup
@@ -317,6 +318,7 @@ func TestSurplusSocketsAreRetired(t *testing.T) {
 			case s == SteerSource && canSteerByTable(t):
 				left = 4
 			}
+			needSteering(t, WithRequireKernel(), WithSteering(s))
 			g, ls := newTestGroup(t, 200, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(s))
 			var wg sync.WaitGroup
 			var accepted atomic.Int64

@@ -252,6 +252,7 @@ func TestUsersProgramStays(t *testing.T) {
 // A duplicate of a socket that is closed, as a File or a child between fork and exec
 // has one, is nobody else's socket: steering goes on with it and begins beside it.
 func TestDuplicateIsNoStranger(t *testing.T) {
+	needSteering(t, WithSteering(SteerSource))
 	noLeaks(t)
 	g, ls := newTestGroup(t, 3, "tcp4", "127.0.0.1:0", WithSteering(SteerSource))
 	file, err := ls[2].File()
@@ -327,7 +328,9 @@ func TestHugeBacklog(t *testing.T) {
 	for _, n := range []int{math.MaxInt32, math.MaxInt/2 + 1, math.MaxInt} {
 		ln, err := Listen("tcp", "127.0.0.1:0", WithLB(), WithBacklog(n))
 		require.NoError(t, err)
-		require.GreaterOrEqual(t, ln.(*Listener).Stats().Backlog, 128)
+		if tellsQueues() {
+			require.GreaterOrEqual(t, ln.(*Listener).Stats().Backlog, 128)
+		}
 		require.NoError(t, ln.Close())
 	}
 }

@@ -39,6 +39,9 @@ func newService(t testing.TB, most int) *standin.Service {
 // startKept starts a server as a process of a service.
 func startKept(t testing.TB, service *standin.Service, job serverJob) *server {
 	t.Helper()
+	if _, err := os.Stat("/bin/sh"); err != nil {
+		t.Skip("what starts the service is a script: ", err)
+	}
 	job.Systemd = true
 	s := beginServerBy(t, service.Start, job)
 	s.hear()
@@ -560,6 +563,7 @@ func TestSystemdSteering(t *testing.T) {
 	if !alone(t) {
 		return
 	}
+	needSteering(t, WithSteering(SteerSource))
 	service := newService(t, 16)
 	fresh(t, "NOTIFY_SOCKET="+service.NotifySocket(), "FDSTORE=16")
 	addr := stale(t)
