@@ -313,7 +313,7 @@ func TestKeeperForAWhile(t *testing.T) {
 func TestKeeperRemovesUnixSocketFile(t *testing.T) {
 	beside(t)
 	noLeaks(t)
-	for _, while := range []time.Duration{0, time.Second} {
+	for _, while := range []time.Duration{0, limit(time.Second)} {
 		path := handoffPath(t)
 		app := path + ".sock"
 		keeper := startKeeper(t, path, while)
