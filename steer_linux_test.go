@@ -296,6 +296,7 @@ func TestJoinAndLeaveWhileSteering(t *testing.T) {
 
 // canSteerByTable tells whether SteerSource is by a table here.
 func canSteerByTable(t *testing.T) bool {
+	needSteering(t, WithRequireKernel(), WithSteering(SteerSource))
 	g, _ := newTestGroup(t, 1, "tcp", "127.0.0.1:0", WithRequireKernel(), WithSteering(SteerSource))
 	defer g.Close()
 	return steersByTable(g)
