@@ -462,6 +462,9 @@ var conformance = []scenario{
 		require.NoError(t, ls[1].Close())
 		t.accept(ls[0])
 		d.wg.Wait()
+		if d.failed.Load() > 0 {
+			skipIfNetLoses(t, 4, n)
+		}
 		t.loaded(d, false)
 	}},
 	{name: "groups of port 0 stay apart", do: func(t *trial) {
@@ -687,4 +690,33 @@ var conformance = []scenario{
 		}
 		require.EqualValues(t, 24, most)
 	}},
+}
+
+// skipIfNetLoses skips where a socket of package net loses clients past its backlog: in
+// gVisor a client may be connected of which the socket knows nothing.
+func skipIfNetLoses(t *trial, backlog, n int) {
+	t.Helper()
+	for tried := range 100 {
+		plain, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		require.NoError(t, limitQueue(plain, backlog))
+		d := new(load)
+		for range n {
+			d.wg.Add(1)
+			go func() {
+				defer d.wg.Done()
+				d.one("tcp", plain.Addr().String())
+			}()
+		}
+		time.Sleep(300 * time.Millisecond) // there is nothing to wait for
+		var wg sync.WaitGroup
+		wg.Add(1)
+		go echo(&wg, plain, new(atomic.Int64))
+		d.wg.Wait()
+		plain.Close()
+		wg.Wait()
+		if lost := d.failed.Load(); lost > 0 {
+			t.Skipf("past its backlog net.Listen's socket loses clients as well: %d of the %dth %d", lost, tried+1, n)
+		}
+	}
 }

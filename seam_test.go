@@ -107,6 +107,9 @@ func hotFields() []hotField {
 // setsBacklog: WithBacklog.
 func setsBacklog() bool { return canSetBacklog }
 
+// limitQueue sets the length of a socket's queue.
+func limitQueue(ln net.Listener, n int) error { return setBacklog(ln, n) }
+
 // setsReusePort: WithReusePort.
 func setsReusePort() bool { return canReusePort }
 
