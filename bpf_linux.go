@@ -234,25 +234,28 @@ func detachProgram(fd uintptr) error {
 }
 
 // takeProgram takes off the program of a socket that is not bound yet, and tells whether
-// there was one. It fails where no program can be had: gVisor says yes to every option
-// that it doesn't know, so a second one seems to be there, where Linux has none any more.
+// there was one. It fails where no program can be had.
 func takeProgram(fd uintptr) (was bool, none error) {
-	was = detachProgram(fd) == nil
-	if was && detachProgram(fd) == nil {
-		return false, hint(ErrUnsupported, "the kernel says yes to reuseport programs and has none; WithDispatcher has source and load")
+	if none = noPrograms(); none != nil {
+		return false, none
 	}
-	return was, nil
+	return detachProgram(fd) == nil, nil
 }
 
-// noPrograms is why this kernel has no reuseport programs, nil if it has them.
+// noPrograms is why this kernel has no reuseport programs, nil if it has them. gVisor says
+// yes to every option that it doesn't know, and so to programs: it is asked by one that
+// there isn't, of which Linux knows that.
 var noPrograms = sync.OnceValue(func() error {
+	const nothing = 1 << 20
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}
 	defer unix.Close(fd)
-	_, none := takeProgram(uintptr(fd))
-	return none
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, nothing, 1) != nil {
+		return nil
+	}
+	return hint(ErrUnsupported, "the kernel says yes to reuseport programs and has none; WithDispatcher has source and load")
 })
 
 // attachClassic attaches the program that chooses by source between the places of the
