@@ -332,7 +332,7 @@ var conformance = []scenario{
 		require.NoError(t, g.Close())
 		t.serve(clients, other)
 	}},
-	{name: "a new member adopts what waits", do: func(t *trial) {
+	{name: "a new member adopts what is queued", do: func(t *trial) {
 		ls := t.group(2)
 		clients := t.dial(ls[0].Addr(), 24)
 		sockets := ls[0].Info().Sockets

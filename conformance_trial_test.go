@@ -290,7 +290,7 @@ func (t *trial) accept(ls ...*Listener) *crew {
 	return w
 }
 
-// serve has members accept what waits, until all clients have their answers.
+// serve has members accept what is queued, until all clients have their answers.
 func (t *trial) serve(clients []client, ls ...*Listener) []int {
 	t.Helper()
 	return t.accept(ls...).end(clients)

@@ -31,7 +31,7 @@ func (t *trial) process(l *Listener, accept bool) *server {
 	return s
 }
 
-// noHeir is why a process that goes away may lose what waits for it.
+// noHeir is why a process that goes away may lose what is queued for it.
 func noHeir(w *way) string {
 	if w.inherits || w.handoff {
 		return ""

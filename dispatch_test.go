@@ -275,7 +275,7 @@ func TestDispatchOfTLS(t *testing.T) {
 }
 
 // With LimitListener around the dispatched listener nothing is accepted past
-// the limit, and what waits isn't lost.
+// the limit, and what is queued isn't lost.
 func TestDispatchOfLimitListener(t *testing.T) {
 	noLeaks(t)
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")

@@ -339,7 +339,7 @@ func ExampleWithSteering() {
 	// Output: source
 }
 
-// Processes that name the same path hold each other's sockets: what waits in the
+// Processes that name the same path hold each other's sockets: what is in the
 // queue of one that is killed is accepted by the others.
 func ExampleWithHandoff() {
 	dir, err := os.MkdirTemp("", "lb") // a service has one of its own, as /run/app

@@ -104,7 +104,7 @@ func TestServeGoesOnWhenAMemberCloses(t *testing.T) {
 	})
 }
 
-// A serve that panics and recovers ends nobody else, and what waits in its queue
+// A serve that panics and recovers ends nobody else, and what is in its queue
 // is served: by the siblings if it closes its listener, by itself if it goes on.
 func TestPanicInServe(t *testing.T) {
 	for _, goesOn := range []bool{true, false} {

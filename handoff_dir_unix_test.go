@@ -159,7 +159,7 @@ func TestHandoffDirectoryVanishes(t *testing.T) {
 		for _, s := range servers {
 			s.becomes(isHandedOff)
 		}
-		n := queued(count(300, 30), map[bool]int{true: 1, false: 6}[dispatcher])
+		n := queued(count(300, 30), queues(dispatcher, 6))
 		conns := standing(t, job.Address, n)
 		soon(t, func() bool { return os.RemoveAll(dir) == nil }, "who looks meanwhile announces itself again") // with what it is in
 		other := beginServer(t, job)

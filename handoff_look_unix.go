@@ -2,9 +2,9 @@
 
 package lblisten
 
-// How a process joins a handoff, and the look of now and then: whether it is to be found
-// in the directory, who else is there, what nobody came for, and whether those live in
-// whose sockets something stays queued.
+// How a process joins a handoff, and the look of now and then: whether its file is still
+// in the directory, who else is there, which sockets nobody came for, and whether the
+// owners live in whose sockets connections stay queued.
 
 import (
 	"cmp"

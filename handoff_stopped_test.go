@@ -110,7 +110,7 @@ func TestHandoffAllStopped(t *testing.T) {
 		for _, s := range all {
 			s.signal(syscall.SIGSTOP)
 		}
-		conns := standing(t, job.Address, queued(count(200, 20), map[bool]int{true: 1, false: 6}[dispatcher]))
+		conns := standing(t, job.Address, queued(count(200, 20), queues(dispatcher, 6)))
 		time.Sleep(2 * exchangeTime)
 		for _, s := range all {
 			s.signal(syscall.SIGCONT)

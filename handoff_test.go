@@ -52,11 +52,7 @@ func TestHandoffExperiment(t *testing.T) {
 				for _, s := range servers {
 					s.becomes(isHandedOff)
 				}
-				sockets := 4 * c.processes
-				if dispatcher {
-					sockets = 1
-				}
-				n := queued(count(2000, 100), sockets)
+				n := queued(count(2000, 100), queues(dispatcher, 4*c.processes))
 				conns := standing(t, address, n)
 				for _, i := range c.dead {
 					if c.name == "panic" {
@@ -188,7 +184,7 @@ func TestHandoffStartAndDieTogether(t *testing.T) {
 			for _, s := range append(servers, first) {
 				s.becomes(isHandedOff)
 			}
-			conns := standing(t, job.Address, queued(count(400, 40), map[bool]int{true: 1, false: 2 * n}[dispatcher]))
+			conns := standing(t, job.Address, queued(count(400, 40), queues(dispatcher, 2*n)))
 			for _, s := range append(servers[1:], first) {
 				s.signal(syscall.SIGKILL)
 			}
@@ -224,7 +220,7 @@ func TestHandoffStoppedProcess(t *testing.T) {
 		}
 		own := servers[0].Sockets
 		stopped, other := servers[0], servers[2]
-		n := queued(count(600, 60), map[bool]int{true: 1, false: 12}[dispatcher])
+		n := queued(count(600, 60), queues(dispatcher, 12))
 		conns := standing(t, job.Address, n)
 		stopped.signal(syscall.SIGSTOP)
 		servers[1].ask("accept")
@@ -388,7 +384,7 @@ func hears(conns []net.Conn, within time.Duration) (chs []chan heard) {
 }
 
 // The end is an end: with the last process of an address everything closes, and
-// when it is killed, what waits is kept for the next one for a while.
+// when it is killed, what is queued is kept for the next one for a while.
 func TestHandoffEnd(t *testing.T) {
 	inHandoffModes(t, func(t *testing.T, dispatcher bool) {
 		job := serverJob{Path: handoffPath(t), Address: "127.0.0.1:0", Dispatcher: dispatcher}
@@ -411,7 +407,7 @@ func TestHandoffEnd(t *testing.T) {
 		require.Less(t, r.Took, limit(time.Second))
 		require.Eventually(t, refused(address), limit(5*time.Second), time.Millisecond) // who listens elsewhere lets go, too
 
-		// Killed, the next one on the address gets what waits.
+		// Killed, the next one on the address gets what is queued.
 		again := job
 		again.Address = address
 		one = startServer(t, again)

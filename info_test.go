@@ -52,7 +52,7 @@ func TestInfo(t *testing.T) {
 	})
 }
 
-// Stats tell what waits and how much may, where the system does.
+// Stats tell how many connections are queued, and how many may be, where the system does.
 func TestStats(t *testing.T) {
 	inModes(t, func(t *testing.T, m mode) {
 		opts := []Option{m.opt}
@@ -71,7 +71,7 @@ func TestStats(t *testing.T) {
 		require.Equal(t, 50*sockets, s.Backlog)
 		require.Equal(t, 50, ls[0].Stats().Backlog)
 		require.NoError(t, ls[1].Close())
-		require.Equal(t, 7, g.Stats().Queued, "what waits is still there")
+		require.Equal(t, 7, g.Stats().Queued, "what is queued is still there")
 		for range 7 {
 			acceptWithin(t, ls[0])
 		}

@@ -17,6 +17,9 @@ import (
 
 func init() { keeper.Keep = keep }
 
+// keeperExchanges is how many times exchangeTime a keeper that ends waits for another one.
+const keeperExchanges = 5
+
 // keep is Keep. An address without processes is kept for a while, 0 for ever.
 func keep(ctx context.Context, path string, while time.Duration, log *slog.Logger) error {
 	if filepath.IsAbs(path) {
@@ -34,7 +37,7 @@ func keep(ctx context.Context, path string, while time.Duration, log *slog.Logge
 	<-ctx.Done()
 	// Another keeper, which may have come an instant ago, is to have everything: it is given
 	// some seconds, as long as it answers.
-	for range 5 {
+	for range keeperExchanges {
 		err := h.await(context.Background(), exchangeTime, func() bool {
 			for x, peer := range h.pool.peers {
 				if peer.keeper && !peer.silent && !h.pool.hasAll(x) {

@@ -71,6 +71,14 @@ func queued(n, sockets int) int {
 	return n
 }
 
+// queues is how many sockets n members have.
+func queues(dispatcher bool, n int) int {
+	if dispatcher {
+		return 1
+	}
+	return n
+}
+
 // backlog is the length of an accept queue, or -1. Where the kernel doesn't tell, it is what
 // package net asks for on Linux.
 var backlog = sync.OnceValue(func() int {

@@ -64,7 +64,7 @@ func acceptsInVainWorker() {
 }
 
 // Out of descriptors, Accept fails with EMFILE, unchanged, and nothing is lost:
-// what waits is served as soon as there are descriptors again, also what a
+// what is queued is served as soon as there are descriptors again, also what a
 // member left that closed meanwhile.
 func TestOutOfDescriptors(t *testing.T) {
 	needKeptQueue(t)
@@ -192,7 +192,7 @@ func busyWithoutDescriptorsWorker() {
 		clients, clients-accepted.Load(), errs, used.Round(time.Millisecond), took.Round(time.Millisecond))
 }
 
-// A process that is stopped, without a handoff, loses nothing: what waits in its
+// A process that is stopped, without a handoff, loses nothing: what is in its
 // queues is served when it goes on, and what is in the others' at once.
 func TestStoppedProcess(t *testing.T) {
 	inModes(t, func(t *testing.T, m mode) {

@@ -53,7 +53,7 @@ func joinThereWorker() {
 }
 
 // An address that is taken away while somebody listens on it, and comes back,
-// loses nothing: what waits is served, also when a member closes meanwhile, and
+// loses nothing: what is queued is served, also when a member closes meanwhile, and
 // new connections come as soon as it is there again.
 func TestAddressComesAndGoes(t *testing.T) {
 	if !inNamespaces(t, unix.CLONE_NEWNET) {

@@ -2,9 +2,9 @@
 
 package lblisten
 
-// Systems on which an accepted socket inherits the keep-alive of the listening
-// one, unless inheritsOptions finds out that it doesn't. There it is set once on the listening socket, instead of by package net
-// on every connection: an Accept costs 4 system calls so, not 8.
+// Systems on which an accepted socket inherits the keep-alive of the listening one, unless
+// inheritsOptions finds out that it doesn't. There it is set once on the listening socket,
+// instead of by package net on every connection: an Accept costs 4 system calls so, not 8.
 
 import (
 	"net"

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // serveLive accepts and closes, and tells how much CPU time it has used for how
@@ -60,6 +62,21 @@ const burst = 50 * time.Millisecond
 // falls asleep and is woken for each connection.
 var floods = 2 * runtime.NumCPU()
 
+// saturate floods a server for a time.
+func saturate(sa *unix.SockaddrInet4, d time.Duration) (err error) {
+	until := time.Now().Add(d)
+	errs := make(chan error, floods)
+	for range floods {
+		go func() { errs <- flood(sa, 64, until) }()
+	}
+	for range floods {
+		if e := <-errs; e != nil {
+			err = e
+		}
+	}
+	return err
+}
+
 // liveServer is a contender with so many accept loops.
 type liveServer struct {
 	name  string
@@ -100,17 +117,7 @@ func liveProbe(s liveServer) (probe, *process, error) {
 		if err != nil {
 			return 0, 0, err
 		}
-		until := time.Now().Add(burst)
-		errs := make(chan error, floods)
-		for range floods {
-			go func() { errs <- flood(sa, 64, until) }()
-		}
-		for range floods {
-			if e := <-errs; e != nil {
-				err = e
-			}
-		}
-		if err != nil {
+		if err := saturate(sa, burst); err != nil {
 			return 0, 0, err
 		}
 		cpu1, n1, err := ask()

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync/atomic"
-	"time"
 
 	"github.com/lblisten/lblisten"
 )
@@ -109,17 +108,7 @@ func costOf(opt *options, ps []*process, addr string) (float64, error) {
 		if err != nil {
 			return 0, err
 		}
-		until := time.Now().Add(4 * burst)
-		errs := make(chan error, floods)
-		for range floods {
-			go func() { errs <- flood(sa, 64, until) }()
-		}
-		for range floods {
-			if e := <-errs; e != nil {
-				err = e
-			}
-		}
-		if err != nil {
+		if err := saturate(sa, 4*burst); err != nil {
 			return 0, err
 		}
 		cpu1, n1, err := used()

@@ -116,7 +116,7 @@ func shareTickets(srv *http.Server) {
 }
 
 func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.Duration, serveOn func(net.Listener) error) error {
-	s := &stopper{idle: idleTime, conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
+	s := &stopper{conns: make(map[net.Conn]conn), changed: make(chan struct{}, 1)}
 	s.wrap(srv)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(serveOn) }()
@@ -133,16 +133,17 @@ func serve(ctx context.Context, g *lblisten.Group, srv *http.Server, grace time.
 		late, stop = context.WithTimeout(late, max(grace, 0))
 		defer stop()
 	}
+	idle := idleTime
 	switch heirs := heirsOf(g); {
 	case heirs == 0:
 		empty(late, g, grace)
 	case heirs != lblisten.InheritSystemd:
-		s.idle = longTime
+		idle = longTime
 	}
 	g.Close()
 	s.stopping.Store(true)
 	<-served // ConnState has seen all that was accepted
-	s.wait(late)
+	s.wait(late, idle)
 	if left := s.end(late, srv); left > 0 {
 		return fmt.Errorf("lbhttp: %d connections were closed whose requests weren't answered within the grace of %v: %w", left, grace, context.DeadlineExceeded)
 	}
@@ -196,7 +197,6 @@ func empty(late context.Context, g *lblisten.Group, grace time.Duration) {
 // A stopper knows the connections of a server.
 type stopper struct {
 	stopping atomic.Bool
-	idle     time.Duration // how long a connection must have been idle; set before wait
 
 	mu      sync.Mutex // guards conns
 	conns   map[net.Conn]conn
@@ -255,10 +255,11 @@ func (s *stopper) note(c net.Conn, state http.ConnState) {
 	}
 }
 
-// wait returns when no request is to be expected any more, or it is late.
-func (s *stopper) wait(late context.Context) {
+// wait returns when no request is to be expected any more, as all connections have been
+// idle for a while, or it is late.
+func (s *stopper) wait(late context.Context, idle time.Duration) {
 	for {
-		busy, next := s.look()
+		busy, next := s.look(idle)
 		if busy == 0 {
 			return
 		}
@@ -284,20 +285,18 @@ func (s *stopper) end(late context.Context, srv *http.Server) (left int) {
 			return 0
 		}
 	case <-time.After(goAwayTime):
-		s.idle = 0
-		s.wait(late) // for a request that has crossed the GOAWAY
+		s.wait(late, 0) // for a request that has crossed the GOAWAY
 		stop()
 		<-shut
 	}
-	s.idle = 0
-	left, _ = s.look()
+	left, _ = s.look(0)
 	srv.Close()
 	return left
 }
 
 // look tells how many connections a request is to be expected of, or its answer, and when
 // that may change by itself.
-func (s *stopper) look() (busy int, next time.Duration) {
+func (s *stopper) look(idle time.Duration) (busy int, next time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next = time.Hour
@@ -305,7 +304,7 @@ func (s *stopper) look() (busy int, next time.Duration) {
 		left := time.Duration(math.MaxInt64)
 		switch c.state {
 		case http.StateIdle:
-			left = s.idle - time.Since(c.since)
+			left = idle - time.Since(c.since)
 		case http.StateNew:
 			left = newTime - time.Since(c.since)
 		}
