@@ -47,6 +47,9 @@ const (
 	// over; and a quarter of the grace.
 	queueTime = 5 * time.Second
 
+	// blindTime is that time where the system doesn't tell the length of the queue.
+	blindTime = 100 * time.Millisecond
+
 	// newTime is how long a connection that says nothing is waited for, from its accept
 	// on, as by Shutdown: clients open some that they may never use.
 	newTime = 5 * time.Second
@@ -57,9 +60,6 @@ const (
 
 	// lookTime is between two looks at the connections, while they change.
 	lookTime = 5 * time.Millisecond
-
-	// blindTime is that time where the system doesn't tell the length of the queue.
-	blindTime = 100 * time.Millisecond
 )
 
 // Serve serves srv on all members of the group until ctx ends, and then stops it:
