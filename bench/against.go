@@ -34,7 +34,8 @@ func against(commit, only string, times int) error {
 		return err
 	}
 	programs := map[string]string{"before": filepath.Join(dir, "bench-before"), "now": filepath.Join(dir, "bench-now")}
-	for name, in := range map[string]string{"before": filepath.Join(tree, "bench"), "now": "."} {
+	trees := map[string]string{"before": filepath.Join(tree, "bench"), "now": "."}
+	for name, in := range trees {
 		if err := command("go", "build", "-C", in, "-o", programs[name], "."); err != nil {
 			return fmt.Errorf("building %s: %w", name, err)
 		}
@@ -50,6 +51,7 @@ func against(commit, only string, times int) error {
 		for _, name := range order {
 			out := filepath.Join(dir, fmt.Sprint(name, i))
 			run := exec.Command(programs[name], "-only", only, "-out", out)
+			run.Dir = trees[name]
 			if text, err := run.CombinedOutput(); err != nil && !fileExists(filepath.Join(out, "results.json")) {
 				return fmt.Errorf("%s: %w: %s", name, err, text)
 			}

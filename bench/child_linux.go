@@ -25,7 +25,6 @@ func init() { // not in the declaration, which would refer to itself
 		"idle":     serveIdle,     // idle_linux.go
 		"keeper":   serveKeeper,   // listeners_linux.go
 		"peer":     servePeer,     // listeners_linux.go
-		"member":   serveMember,   // processes_linux.go
 		"scale":    serveScale,    // scale_linux.go
 		"web":      serveWeb,      // restart_linux.go
 		"live":     serveLive,     // live_linux.go
@@ -97,6 +96,15 @@ func startBy(begin func(*exec.Cmd) error, wrapper []string, role string, args ..
 	argv := append(append(append([]string{}, wrapper...), exe), args...)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), roleVariable+"="+role)
+	p, err := launch(cmd, begin)
+	if err != nil {
+		return nil, fmt.Errorf("starting %s %s: %w", role, strings.Join(args, " "), err)
+	}
+	return p, nil
+}
+
+// launch starts a program that talks as a child does, and waits for its first line.
+func launch(cmd *exec.Cmd, begin func(*exec.Cmd) error) (*process, error) {
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -116,7 +124,7 @@ func startBy(begin func(*exec.Cmd) error, wrapper []string, role string, args ..
 	p := &process{cmd: cmd, in: in, out: out, lines: bufio.NewReader(out)}
 	if p.hello, err = p.read(); err != nil {
 		p.stop()
-		return nil, fmt.Errorf("starting %s %s: %w", role, strings.Join(args, " "), err)
+		return nil, err
 	}
 	return p, nil
 }

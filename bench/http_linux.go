@@ -26,6 +26,7 @@ func serveHTTP(p *childSide) error {
 	if err != nil {
 		return err
 	}
+	defer o.close()
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, "Hello, world\n")
 	})}

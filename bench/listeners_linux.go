@@ -86,6 +86,8 @@ const (
 	nameHandoff    = "lblisten, received"
 	nameLoad       = "lblisten, SteerLoad"
 	namePeer       = "lblisten, handoff of 2"
+	nameNetWaits   = "net.Listen, waits for more"
+	nameReuseOf2   = "go-reuseport, 2 processes, waits for more"
 	nameKept       = "lblisten, keeper"
 )
 
@@ -107,6 +109,8 @@ func init() {
 		{nameLoad, group(lblisten.WithRequireKernel(), lblisten.WithSteering(lblisten.SteerLoad))},
 		{nameHandoff, openReceived},
 		{namePeer, besides("peer")},
+		{nameReuseOf2, waiting(reuseOf2)},
+		{nameNetWaits, waiting(one(func() (net.Listener, error) { return net.Listen("tcp", anyPort) }))},
 		{nameKept, besides("keeper")},
 	} {
 		contenders[c.name] = c
@@ -333,6 +337,40 @@ func besides(role string) func(int) (*opened, error) {
 	}
 }
 
+// waiting has the process wait for another listener too, on which nothing comes: as a
+// process of a handoff waits for the others, and a server in use for its connections.
+func waiting(open func(int) (*opened, error)) func(int) (*opened, error) {
+	return func(n int) (*opened, error) {
+		other, err := net.Listen("tcp", anyPort)
+		if err != nil {
+			return nil, err
+		}
+		go other.Accept()
+		o, err := open(n)
+		if err != nil {
+			other.Close()
+			return nil, err
+		}
+		o.also = append(o.also, func() { other.Close() })
+		return o, nil
+	}
+}
+
+// reuseOf2 opens what another process opens too, by go-reuseport.
+func reuseOf2(n int) (*opened, error) {
+	o, err := contenders[nameGoReuse].open(n)
+	if err != nil {
+		return nil, err
+	}
+	p, err := start("peer", "", o.addr.String())
+	if err != nil {
+		o.close()
+		return nil, err
+	}
+	o.also = append(o.also, p.stop)
+	return o, nil
+}
+
 // serveKeeper is that process as a keeper.
 func serveKeeper(p *childSide) error {
 	ctx, stop := context.WithCancel(context.Background())
@@ -344,9 +382,17 @@ func serveKeeper(p *childSide) error {
 	return <-kept
 }
 
-// servePeer is that process as one that accepts on the address, too.
+// servePeer is the other process as one that accepts on the address, too: with a
+// handoff, or by go-reuseport without a path.
 func servePeer(p *childSide) error {
-	ln, err := lblisten.Listen("tcp", p.args[1], lblisten.WithHandoff(p.args[0]))
+	path, addr := p.args[0], p.args[1]
+	var ln net.Listener
+	var err error
+	if path != "" {
+		ln, err = lblisten.Listen("tcp", addr, lblisten.WithHandoff(path))
+	} else {
+		ln, err = goreuse.Listen("tcp", addr)
+	}
 	if err != nil {
 		return err
 	}

@@ -4,60 +4,38 @@ package main
 // killed one is answered.
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/lblisten/lblisten"
 )
 
-// serveMember listens when it is told to, says how many microseconds that took, and
-// answers each connection with a byte if it is told to. Its arguments are the handoff
-// and the address.
-func serveMember(p *childSide) error {
-	p.say("ready")
-	p.asked()
-	began := time.Now()
-	g, err := lblisten.ListenGroup(context.Background(), "tcp", p.args[1], 1, lblisten.WithHandoff(p.args[0]))
+// buildMember builds the program of the processes.
+func buildMember() (program string, done func(), err error) {
+	dir, err := os.MkdirTemp("", "lblisten-bench")
 	if err != nil {
-		return err
+		return "", nil, err
 	}
-	defer g.Close()
-	p.say(fmt.Sprintf("%d %v", time.Since(began).Microseconds(), g.Addr()))
-	for {
-		switch line, ok := p.asked(); {
-		case !ok:
-			return nil
-		case line == "accept":
-			go func() {
-				for {
-					c, err := g.Listeners()[0].Accept()
-					if err != nil {
-						return
-					}
-					c.Write([]byte{'x'})
-					c.Close()
-				}
-			}()
-			p.say("accepts")
-		default:
-			p.say(fmt.Sprint(g.Info().OnKill))
-		}
+	done = func() { os.RemoveAll(dir) }
+	program = filepath.Join(dir, "member")
+	if err := command("go", "build", "-o", program, "./member"); err != nil {
+		done()
+		return "", nil, err
 	}
+	return program, done, nil
 }
 
 // members starts processes, has them all listen in one instant, and returns how long each
 // Listen took.
-func members(n int, path, addr string) (ps []*process, took []float64, err error) {
+func members(n int, program, path, addr string, megabytes int) (ps []*process, took []float64, err error) {
 	for range n {
-		p, err := start("member", path, addr)
+		p, err := launch(exec.Command(program, path, addr, strconv.Itoa(megabytes)), (*exec.Cmd).Start)
 		if err != nil {
 			return ps, nil, err
 		}
@@ -102,22 +80,27 @@ func measureProcesses(opt *options, t *Table) error {
 	}
 	t.About = "So many processes of a handoff, each with one listener of the same address, that call Listen in one instant: how long Listen took, what all use of a core when nothing happens, and what each of them has."
 	t.Key, t.Columns = "processes", []string{"ms a Listen, median", "slowest", "% of a core, all, idle", "descriptors", "MB"}
+	program, done, err := buildMember()
+	if err != nil {
+		return err
+	}
+	defer done()
 	for _, n := range counts {
-		if err := measureProcessesOf(n, idle, t); err != nil {
+		if err := measureProcessesOf(n, program, idle, t); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func measureProcessesOf(n int, idle time.Duration, t *Table) error {
+func measureProcessesOf(n int, program string, idle time.Duration, t *Table) error {
 	dir, err := os.MkdirTemp("", "lblisten-bench")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "handoff")
-	first, took, err := members(1, path, anyPort)
+	first, took, err := members(1, program, path, anyPort, 0)
 	defer stopAll(first)
 	if err != nil {
 		return err
@@ -126,7 +109,7 @@ func measureProcessesOf(n int, idle time.Duration, t *Table) error {
 	if err != nil {
 		return err
 	}
-	ps, more, err := members(n-1, path, addr)
+	ps, more, err := members(n-1, program, path, addr, 0)
 	defer stopAll(ps)
 	if err != nil {
 		return err
@@ -190,57 +173,77 @@ func measureTakeOver(opt *options, t *Table) error {
 	if opt.quick {
 		times = 10
 	}
-	t.About = fmt.Sprintf("%d times one of two processes of a handoff is killed while connections are queued in its socket: from SIGKILL to the first answer that a client of its queue gets.", times)
-	t.Key, t.Columns = "killed", []string{"ms, median", "most", "tried", "lost"}
-	var took []float64
-	tried, lost := 0, 0
-	for range times {
-		ms, n, failed, err := takeOver()
-		if err != nil {
-			return err
-		}
-		took = append(took, ms)
-		tried, lost = tried+n, lost+failed
+	t.About = fmt.Sprintf("%d times one of two processes of a handoff is killed while connections are queued in its socket: from SIGKILL to the first answer that a client of its queue gets, and to the end of a pipe that the dead one held: "+
+		"the kernel frees its memory before it closes what it had, and before that nobody hears of its death.", times)
+	t.Key, t.Columns = "killed", []string{"ms, median", "most", "the pipe's end, median", "tried", "lost"}
+	program, done, err := buildMember()
+	if err != nil {
+		return err
 	}
-	slices.Sort(took)
-	row := t.row("SIGKILL", num("%.2f", took[len(took)/2]), num("%.2f", took[len(took)-1]), num("%.0f", float64(tried)), num("%.0f", float64(lost)))
-	row.atMost("ms, median", took[len(took)/2], 1)
-	row.atMost("ms, most", took[len(took)-1], 10)
-	row.atMost("lost", float64(lost), 0)
+	defer done()
+	for _, megabytes := range []int{0, 100} {
+		var took, ended []float64
+		tried, lost := 0, 0
+		for range times {
+			k, err := takeOver(program, megabytes)
+			if err != nil {
+				return err
+			}
+			took, ended = append(took, k.answered), append(ended, k.ended)
+			tried, lost = tried+k.tried, lost+k.lost
+		}
+		slices.Sort(took)
+		slices.Sort(ended)
+		name := "a program that only listens"
+		if megabytes > 0 {
+			name = fmt.Sprintf("one with %d MB of memory", megabytes)
+		}
+		row := t.row(name, num("%.2f", took[len(took)/2]), num("%.2f", took[len(took)-1]), num("%.2f", ended[len(ended)/2]), num("%.0f", float64(tried)), num("%.0f", float64(lost)))
+		if megabytes == 0 {
+			row.atMost("ms, median", took[len(took)/2], 1)
+			row.atMost("ms, most", took[len(took)-1], 10)
+		}
+		row.atMost("lost", float64(lost), 0)
+	}
 	return nil
 }
 
-// takeOver kills a process, and returns how soon the first client of its queue was
-// answered.
-func takeOver() (ms float64, tried, lost int, err error) {
+// A killing is what came of one: how many ms after it a client of the queue was answered
+// first, and the dead one's pipe ended.
+type killing struct {
+	answered, ended float64
+	tried, lost     int
+}
+
+func takeOver(program string, megabytes int) (k killing, err error) {
 	dir, err := os.MkdirTemp("", "lblisten-bench")
 	if err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "handoff")
-	dead, _, err := members(1, path, anyPort)
+	dead, _, err := members(1, program, path, anyPort, megabytes)
 	defer stopAll(dead)
 	if err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
 	addr, err := addressOf(dead[0])
 	if err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
-	heir, _, err := members(1, path, addr)
+	heir, _, err := members(1, program, path, addr, 0)
 	defer stopAll(heir)
 	if err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
 	if _, err := heir[0].ask("accept"); err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
 	var queued []net.Conn
 	for len(queued) < 4 {
 		c, err := net.DialTimeout("tcp", addr, 5*time.Second)
 		if err != nil {
-			return 0, 0, 0, err
+			return k, err
 		}
 		defer c.Close()
 		c.(*net.TCPConn).SetLinger(0)
@@ -250,24 +253,40 @@ func takeOver() (ms float64, tried, lost int, err error) {
 			queued = append(queued, c)
 		}
 	}
-	answers := make(chan error, len(queued))
+	type answer struct {
+		after float64
+		err   error
+	}
+	answers, end := make(chan answer, len(queued)), make(chan float64, 1)
+	var began time.Time
+	since := func() float64 { return time.Since(began).Seconds() * 1000 }
+	killed := make(chan struct{})
 	for _, c := range queued {
 		go func() {
 			_, err := io.ReadFull(c, make([]byte, 1))
-			answers <- err
+			<-killed
+			answers <- answer{since(), err}
 		}()
 	}
+	go func() {
+		dead[0].read()
+		<-killed
+		end <- since()
+	}()
 	time.Sleep(time.Millisecond)
-	began := time.Now()
+	began = time.Now()
+	close(killed)
 	if err := dead[0].cmd.Process.Kill(); err != nil {
-		return 0, 0, 0, err
+		return k, err
 	}
 	for range queued {
-		if err := <-answers; err != nil {
-			lost++
-		} else if ms == 0 {
-			ms = time.Since(began).Seconds() * 1000
+		switch a := <-answers; {
+		case a.err != nil:
+			k.lost++
+		case k.answered == 0 || a.after < k.answered:
+			k.answered = a.after
 		}
 	}
-	return ms, len(queued), lost, nil
+	k.tried, k.ended = len(queued), <-end
+	return k, nil
 }

@@ -24,6 +24,7 @@ func serveStall(p *childSide) error {
 	if err != nil {
 		return err
 	}
+	defer o.close()
 	began := time.Now()
 	for i, ln := range o.lns {
 		go func() {
