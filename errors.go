@@ -66,6 +66,8 @@ func (a *address) explain(err error) error {
 	switch {
 	case a.at.isUnix():
 		what = "another process listens there, or left its socket file: remove the file if nobody does"
+	case a.d != nil && a.h != nil:
+		what = "a listener has the address that isn't the dispatcher's in this handoff: let both name the same directory, and both use WithDispatcher or neither, or end that one, or choose another address"
 	case a.d != nil:
 		what = fmt.Sprintf("another listener has the address, and it can't be shared between processes without WithHandoff (%v): let both use it with the same path, end that one, or choose another address", a.noKernel)
 	}

@@ -65,9 +65,8 @@ func (g *Group) Serve(serve func(net.Listener) error) error {
 	return cmp.Or(first, closed)
 }
 
-// Close closes all members at once: they don't inherit from each other.
-// Members that others opened on the address do. A group whose members are all
-// closed already returns what net's second Close does.
+// Close closes all members at once: they don't inherit from each other, but other
+// members of the address do. If all are closed already its error wraps net.ErrClosed.
 func (g *Group) Close() error { return g.a.close(g.members) }
 
 // Info returns what is in force for the group.

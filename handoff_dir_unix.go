@@ -53,7 +53,7 @@ func makeHandoffDir(path string) error {
 	case !st.IsDir():
 		return fmt.Errorf("%s is not a directory, and a handoff needs one (mode %v): choose another path", path, st.Mode())
 	case sys != nil && int(sys.Uid) != uid:
-		return fmt.Errorf("%s belongs to uid %d and this process is uid %d, but a handoff is between processes of one user: %s", path, sys.Uid, uid, instead)
+		return fmt.Errorf("%s belongs to uid %d and this process is uid %d, but a handoff is between processes of one user: run them as that user, or name another directory", path, sys.Uid, uid)
 	case st.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("%s has mode %#o, and a handoff's directory is its user's alone (0700): %s", path, st.Mode().Perm(), instead)
 	}

@@ -55,7 +55,7 @@ func (b *Balancer) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Steering is by what connections are spread over the members of an address. As text
+// Steering is how connections are spread over the members of an address. As text
 // and in JSON it is its String.
 type Steering int
 
@@ -169,7 +169,7 @@ func marshalName(v fmt.Stringer, known bool) ([]byte, error) {
 type Info struct {
 	Balancer Balancer
 	Steering Steering
-	OnClose  Inheritance // who would take over if the last member of this process closed now, or a sibling if it isn't the last
+	OnClose  Inheritance // who takes over when a member closes: siblings, if it has any; the others, when the last of this process does
 	OnKill   Inheritance // who would take over if the process were killed now
 	Members  int         // members of the address in this process
 	Sockets  int         // kernel sockets of the address in this process
@@ -238,9 +238,9 @@ func (i *Info) UnmarshalJSON(b []byte) error {
 type Stats struct {
 	Accepted uint64 // connections that Accept has returned
 
-	// Inherited counts those of them that came through a socket that a closed member or
-	// another process had owned: until a new member adopts it, and for a minute at the
-	// most, so that it stays what it is in a steady service.
+	// Inherited counts those of them that were accepted from the socket of a closed member
+	// or of another process: until a new member adopts the socket, and for a minute at the
+	// most, so that it doesn't grow in a steady service.
 	Inherited uint64
 
 	// Queued connections are established and no Accept has returned them yet: those

@@ -1,24 +1,24 @@
-// Package lblisten is a drop-in for [net.Listen] that spreads connections over
-// several accept loops or processes, and loses no connection when one of them
-// goes away.
+// Package lblisten is a drop-in for [net.Listen] that spreads connections over several
+// accept loops or processes, and keeps the queued connections when one of them goes away,
+// while a sibling, another process, a keeper or systemd holds its socket.
 //
 //	ln, err := lblisten.Listen("tcp", ":8080", lblisten.WithLB()) // was: net.Listen("tcp", ":8080")
 //
 // # What changes when I replace net.Listen
 //
-// Without options nothing: Listen is net.Listen. With [WithLB] and its relatives the
-// listener joins the others of its address, in this process and, where the kernel
-// balances, in others of the same user. Accept still returns a bare *net.TCPConn with
-// the options that package net sets, and its errors; deadlines, File and
-// SyscallConn work. MPTCP is off, because balanced sockets can't have it. Close hands over the
-// queued connections instead of resetting them, if a sibling lives.
+// Without options nothing: Listen is net.Listen, and [WithBacklog], [WithListenConfig] and
+// [WithReusePort] change what it opens. With [WithLB], or an option that says that it is
+// WithLB too, the listener joins the others of its address, in this process and, where the
+// kernel balances, in others of the same user. Accept still returns a bare *net.TCPConn with
+// the options that package net sets, and its errors; deadlines, File and SyscallConn work.
+// MPTCP is off, because balanced sockets can't have it. Close hands over the queued
+// connections instead of resetting them, if a sibling lives.
 //
-// Words: a listener, or member, is what Listen returns: one accept queue of a group.
-// A group is all members of one address in this process. A socket is a
-// listening socket of the kernel. A queued connection is one whose handshake is done and
-// that no Accept has returned. The balancer spreads connections over the members.
-// Inheritance is what happens to the queued connections of a member that goes away: a
-// sibling, the heir, gets them.
+// Words: a member is what Listen returns, the listener of one accept loop. A group is all
+// members of one address in this process; they are siblings. A socket is a listening socket
+// of the kernel. A queued connection is one whose handshake is done and that no Accept has
+// returned. The balancer spreads connections over the members. Inheritance is what happens
+// to the queued connections of a member that goes away: a sibling, the heir, gets them.
 //
 // # Which balancer did I get
 //
@@ -30,7 +30,7 @@
 // [WithDispatcher], the members of a process share one socket and take turns
 // at accepting from it; each connection goes to the member that rendezvous
 // hashing of its addresses ranks first among those that wait in Accept.
-// [Listener.Info] says which of the two is in force, and why not more;
+// [Listener.Info] says which of the two is in force, and its Reason what is missing;
 // [WithRequireKernel] has Listen fail instead of using the dispatcher.
 //
 // # What is lost, and when
@@ -47,9 +47,9 @@
 //
 // # Which privilege buys what
 //
-// Only inheritance by Linux's kernel takes one, which [WithHandoff] makes needless, and
-// [SteerLoad] where the kernel balances. From Linux 5.14 the kernel can give the queue of a
-// process that dies to the other processes on the address, half-open connections
+// Two things take one: inheritance by Linux's kernel, which isn't needed with [WithHandoff],
+// and [SteerLoad] where the kernel balances. From Linux 5.14 the kernel can give the queue of
+// a process that dies to the other processes on the address, half-open connections
 // included. One of these is enough:
 //
 //   - The process has CAP_BPF (from 5.8; CAP_SYS_ADMIN before): Listen loads a BPF
@@ -61,13 +61,9 @@
 //
 // [Info].OnKill says whether it is in force, and Reason what is missing. The
 // kernel's migration itself loses about one connection in 1000 closes of a
-// socket under saturation, so inside a process sockets are inherited as
-// everywhere.
-//
-// Kernels before the fix of 2026 ("tcp: call sk_data_ready() after listener migration",
-// CVE-2026-46015) don't wake the heir. So once a second a goroutine, with a thread that
-// sleeps, looks whether the kernel has migrated something, and has the waiting Accepts
-// look then. 3000 idle listeners take 0.05 % of a core.
+// socket under saturation, so within a process siblings take the socket over, as on
+// other systems. Kernels before the fix of CVE-2026-46015 don't wake the heir: once a
+// second a goroutine, with a thread that sleeps, looks for what was migrated.
 //
 // Without CAP_BPF or CAP_SYS_ADMIN bpf(2) is never called: a filter of system calls, such
 // as systemd's SystemCallFilter=@system-service, may kill a process that calls it.
@@ -78,9 +74,8 @@
 // two containers of a pod are, two pods aren't. For WithHandoff they need a common
 // directory too, such as one in a volume of the pod, or in systemd's RuntimeDirectory=.
 // [WithSystemd] takes sockets that systemd has opened (socket activation), and has systemd
-// keep those that Listen opens. macOS and Windows balance nothing, so members are the
-// dispatcher's; a second process on an address fails with EADDRINUSE there; on
-// macOS WithHandoff allows it.
+// keep those that Listen opens. On macOS and Windows members use the dispatcher. A second
+// process on an address fails with EADDRINUSE there, on macOS unless both use WithHandoff.
 //
 // # How do I restart without downtime
 //
@@ -161,14 +156,14 @@ func ListenGroup(ctx context.Context, network, address string, n int, opts ...Op
 // in-process dispatcher on top of ln. Connections stay what ln makes of them.
 // It takes WithSteering and WithLogger; every other option is an error.
 //
-// From then on ln belongs to the group: its last member closes ln. What its Accept
-// returns goes to the Accept that asked: an error, a panic and runtime.Goexit too, and
-// (nil, nil) as a temporary error. Nobody else is harmed by it. If Dispatch returns
-// an error, ln is untouched.
+// From then on ln belongs to the group: its last member closes ln. An error, a panic or
+// runtime.Goexit in ln.Accept reaches only the Accept that caused it; (nil, nil) becomes a
+// temporary error. If Dispatch returns an error, ln is untouched.
 //
 // Dispatch asks a connection for its addresses only if it is package net's, or a *tls.Conn
-// over one, because others may wait for the client to tell them. Any other connection goes
-// to any member, also with SteerSource; Info.Reason says so then.
+// over one: RemoteAddr of other types may block until the client has sent something (PROXY
+// protocol). Any other connection goes to any member, also with SteerSource; Info.Reason
+// says so then.
 //
 // If ln has no SetDeadline (as those of tls.NewListener, netutil.LimitListener
 // and cmux have none) its Accept can't be interrupted. A goroutine accepts
@@ -207,19 +202,19 @@ func Dispatch(ln net.Listener, n int, opts ...Option) (*Group, error) {
 
 // Keep is the keeper of a handoff until ctx ends: it holds a duplicate of every socket of
 // the processes that name path with [WithHandoff], and accepts from none. While a keeper
-// lives, no queued connection is reset and no new one refused, in whatever order those
-// processes end: by Close, exit, SIGTERM or SIGKILL, and all of them at once too. The
-// next one adopts their sockets. So a service of one process, which is stopped and then
-// started, loses nothing; its clients wait meanwhile.
+// lives, and the queues have room, no queued connection is reset and no new one refused, in
+// whatever order those processes end: by Close, exit, SIGTERM or SIGKILL, and all of them at
+// once too. The next one adopts their sockets. So a service of one process, which is stopped
+// and then started, loses nothing; its clients wait meanwhile.
 //
 // Run it as a program, cmd/lbkeep, or from a process that outlives the others, such as a
-// prefork master. Several may keep one path, and one may take over from another: the old
-// one returns when the new one has everything. While it keeps them, the addresses are
-// in use; as long as nobody starts, what is queued waits, and a full queue drops new
-// connections.
+// prefork master. Several may keep one path. To replace one, start the second, then end the
+// context of the first: it returns once the second has everything. While it keeps them, the
+// addresses are in use; as long as nobody starts, what is queued waits, and a full queue
+// drops new connections (on FreeBSD it resets them).
 //
-// It takes [WithLogger]; every other option is an error. The errors are those of path, as
-// with WithHandoff, and [ErrUnsupported]. When ctx ends it returns nil.
+// It takes [WithLogger]; every other option is an error. It fails if path can't be used (see
+// [WithHandoff]), and with [ErrUnsupported]. When ctx ends it returns nil.
 func Keep(ctx context.Context, path string, opts ...Option) error {
 	for _, o := range opts {
 		if o.name != "WithLogger" {

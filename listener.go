@@ -87,7 +87,7 @@ func (l *Listener) AcceptTCP() (*net.TCPConn, error) {
 // queued connections are reset, or inherited by another process (see Info.OnClose).
 //
 // Close waits for other processes no longer than a second. A second Close changes
-// nothing and returns what net's second Close does.
+// nothing and returns an error that wraps net.ErrClosed.
 func (l *Listener) Close() error { return l.a.close([]*Listener{l}) }
 
 // Addr returns the listener's address, which all members of the address share.

@@ -78,13 +78,13 @@ func WithReusePort() Option {
 }
 
 // WithSteering is WithLB, with connections spread by s. The default is [SteerFlow]. All
-// members of a group must ask for the same. Given twice, the last one counts.
+// members of a group must ask for the same.
 //
 //   - SteerSource: a client address keeps its member. By the kernel on Linux, without
 //     privilege; by the dispatcher everywhere, which waits at most 100 ms for a busy member.
-//   - SteerLoad: the member with less to do. By the kernel on Linux with CAP_BPF, of two
-//     members the one with the shorter queue, which costs a goroutine; by the dispatcher
-//     the member that has waited in Accept for longest.
+//   - SteerLoad: the member with less to do. By the kernel on Linux with CAP_BPF: of two
+//     members that a hash of the connection chooses, the one with the shorter queue; it
+//     costs a goroutine. By the dispatcher: the member that has waited in Accept for longest.
 //   - SteerCPU: the member of the CPU that received the connection, on Linux from 6.2.
 //
 // What cannot be had is [ErrUnsupported]; what isn't in force any more, because other
@@ -100,7 +100,7 @@ func WithSteering(s Steering) Option {
 // The system silently cuts n to its maximum (Linux net.core.somaxconn, FreeBSD
 // kern.ipc.soacceptqueue); Stats.Backlog tells what is in force. The
 // dispatcher's members share one socket, and the last one that asks decides.
-// Only unix systems can: [ErrUnsupported] elsewhere. Given twice, the last one counts.
+// Only unix systems can: [ErrUnsupported] elsewhere.
 func WithBacklog(n int) Option {
 	return Option{"WithBacklog", func(c *config) { c.backlog = &n }}
 }
@@ -108,17 +108,17 @@ func WithBacklog(n int) Option {
 // WithListenConfig opens sockets with lc: Control, KeepAlive and
 // KeepAliveConfig mean what they mean in package net. Control is called
 // before bind and may set any option; a Control error is returned as it is. With
-// WithLB it is called once more, for a socket that is closed again: that is how the
-// package finds out what the address is. The network namespace, the device to which Control
-// binds and IPV6_V6ONLY belong to the address: listeners that differ in them are
-// strangers to each other.
+// WithLB it is called once more, on a probe socket that is closed again. The network
+// namespace, the device to which Control binds and IPV6_V6ONLY belong to the address:
+// listeners that differ in them are strangers to each other.
+//
 // A balanced socket is plain TCP: Multipath TCP, which lc may ask for, is off
 // for it, because Linux neither migrates nor steers MPTCP sockets. On Linux and
 // FreeBSD the keep-alive is set once, on the listening socket, before the bind and
 // after Control; its connections have exactly what package net would have given
 // them. A member that adopts a closed member's socket finds it open already: of
 // its lc the keep-alive is used, but not Control. One that joins the
-// dispatcher's socket uses nothing of lc. Given twice, the last one counts.
+// dispatcher's socket uses nothing of lc.
 func WithListenConfig(lc net.ListenConfig) Option {
 	return Option{"WithListenConfig", func(c *config) { c.lc = lc }}
 }
@@ -126,36 +126,35 @@ func WithListenConfig(lc net.ListenConfig) Option {
 // WithPinnedProgram is WithLB, and makes Linux's kernel inherit by the BPF
 // program that is pinned at path in a BPF file system, instead of one that Listen
 // loads itself. Loading takes CAP_BPF; any process that may read and write
-// the file can use a pinned program. It takes the place of the program that is in
+// the file can use a pinned program. The pinned program replaces the one that is in
 // force for the address, in all processes. Listen fails if it can't be used, with
 // [ErrUnsupported] on other systems and where the kernel doesn't balance.
 //
 // The program's type is BPF_PROG_TYPE_SK_REUSEPORT, its expected attach type
-// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one. Given twice, the last one
-// counts.
+// BPF_SK_REUSEPORT_SELECT_OR_MIGRATE; examples/pin pins one.
 func WithPinnedProgram(path string) Option {
 	return Option{"WithPinnedProgram", func(c *config) { c.lb, c.pinned = true, &path }}
 }
 
 // WithHandoff is WithLB, and lets the processes of this user that name the same directory
 // inherit each other's sockets: a restart, a crash or a kill of any of them loses no queued
-// connection. It needs no privilege, no parent process and no supervisor. While a keeper
-// lives (see [Keep]) that is so of a service of one process, too.
+// connection while another one, or a keeper (see [Keep]), lives. It needs no privilege, no
+// parent process and no supervisor.
 //
 // The path is that of a directory, from the root, of at most some 85 bytes. It is made with
 // mode 0700 if it isn't there (its parent must be); otherwise it must belong to this user
 // with mode 0700. All processes must be in one network namespace. If something is wrong,
-// Listen's error says what to do. Several addresses may use one path. Given twice, the last
-// one counts.
+// Listen's error says what to do. Several addresses may use one path.
 //
 // Listen and Close wait until the others have confirmed: a second at most, also for one
 // that is stopped, whose sockets the others serve meanwhile. Each process takes a descriptor
-// for each socket of the others. When the last process on an address closes, the port is
-// free; when it was killed, processes that listen elsewhere keep its sockets for 30 s.
+// for each socket of the others. Without a keeper the port is free when the last process on
+// it closes; if that one was killed, processes on other addresses of the directory keep its
+// sockets for 30 s.
 //
 // Steering by source is [ErrUnsupported] together with it, and by load where the kernel
-// balances. So is WithHandoff itself on Windows, AIX, plan9 and wasm. docs/restarts.md has
-// programs, units and commands by deployment, docs/how-it-works.md the rules.
+// balances. WithHandoff is ErrUnsupported on Windows, AIX, plan9 and wasm. docs/restarts.md
+// has programs, units and commands by deployment, docs/how-it-works.md the rules.
 func WithHandoff(path string) Option {
 	return Option{"WithHandoff", func(c *config) { c.lb, c.handoff = true, &path }}
 }
@@ -170,29 +169,29 @@ func WithHandoff(path string) Option {
 // Each socket that Listen opens is put into systemd's store of file descriptors
 // (FDSTORE), and the next process of the service finds it there: a listener of the same
 // address has it from the beginning, with all that is queued. New connections are queued
-// meanwhile, too. "systemctl stop" empties the store and ends the port.
+// meanwhile, too. "systemctl stop" empties the store and closes the port.
 //
 // It takes sockets of a .socket unit as well: those of the address that systemd has
-// opened, by LISTEN_FDS; names don't matter. With ReusePort=yes they are balanced by the
-// kernel; a socket without it is shared by the dispatcher, and Info.Reason says so.
+// opened, by LISTEN_FDS; FileDescriptorName= is ignored. With ReusePort=yes they are
+// balanced by the kernel; a socket without it is shared by the dispatcher, and Info.Reason
+// says so.
 //
 // A stored socket that no Listen asks for within 30 s of the start, or of the last Close
-// on its address, is taken out of the store. Closing takes nothing out: the process may be
-// about to end. Until then the port is in use, and whoever connects waits. A unix socket's
-// file stays with its socket.
+// on its address, is taken out of the store; until then the port is in use, and whoever
+// connects waits. Closing takes nothing out: the process may be about to end. A unix
+// socket's file stays with its socket.
 //
 // [Info] has InheritSystemd when systemd is known to hold all sockets: it has given them
 // to this process, or its version (254 or later) tells that the store has room. It can be
 // combined with [WithHandoff]. A process that systemd hasn't started, or whose unit has
-// no FileDescriptorStoreMax=, just listens, and Info.Reason says so; so it does if the
-// system chooses the port. LISTEN_PID or LISTEN_FDS that isn't a number is an error. On
+// no FileDescriptorStoreMax=, just listens, and Info.Reason says so; with port 0
+// too. LISTEN_PID or LISTEN_FDS that isn't a number is an error. On
 // systems other than Linux it is [ErrUnsupported].
 func WithSystemd() Option {
 	return Option{"WithSystemd", func(c *config) { c.lb, c.systemd = true, true }}
 }
 
-// WithLogger logs fallbacks and inheritance to l. Nothing is logged without it. Given
-// twice, the last one counts.
+// WithLogger logs fallbacks and inheritance to l. Nothing is logged without it.
 func WithLogger(l *slog.Logger) Option {
 	return Option{"WithLogger", func(c *config) { c.log = l }}
 }

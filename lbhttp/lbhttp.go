@@ -1,10 +1,10 @@
-// Package lbhttp serves an [http.Server] on a group of package lblisten, and stops it so
-// that no request fails.
+// Package lbhttp serves an [http.Server] on a group of package lblisten, and stops it without
+// failing a request that ends in time.
 //
 //	func main() {
 //		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 //		defer stop()
-//		g, err := lblisten.ListenGroup(ctx, "tcp", ":8080", 4, lblisten.WithSystemd())
+//		g, err := lblisten.ListenGroup(ctx, "tcp", ":8080", 1, lblisten.WithSystemd())
 //		if err != nil {
 //			log.Fatal(err)
 //		}
@@ -66,16 +66,16 @@ const (
 //
 //   - If somebody takes over the queue (Info.OnClose of the group: another process, a
 //     keeper, systemd, other members of the address), the group is closed at once. If
-//     nobody does, it accepts until the queue is empty, for a quarter of grace and 5 s at
-//     the most, and is closed then.
+//     nobody does, it accepts until the queue is empty, for at most 5 s and, if grace isn't 0,
+//     at most a quarter of it, and is closed then.
 //   - From then on each answer tells its client that the connection ends: by "Connection:
 //     close" in HTTP/1, a GOAWAY in HTTP/2.
-//   - It waits until all requests are answered, also the first ones of connections that
-//     have sent none yet, whose TLS handshake may not be over either, for 5 s from their
-//     accept on; and until what is left has been idle for a second, or for 250 ms if only
-//     systemd takes over, or nobody: new clients wait then.
-//   - Then it calls srv.Shutdown. An answer without an end (server-sent events) should end
-//     when ctx does; functions of srv.RegisterOnShutdown run only now.
+//   - It waits until all requests are answered. A new connection has 5 s from its accept,
+//     TLS handshake included, to send its first. Connections that are left are closed when
+//     they have been idle for a second; for 250 ms if new clients have to wait, because
+//     only systemd takes over, or nobody.
+//   - Then it calls srv.Shutdown. Have endless answers (server-sent events) watch ctx:
+//     functions of srv.RegisterOnShutdown run only now.
 //
 // All of that takes grace at the most; requests that aren't answered then are cut off, and
 // the error wraps [context.DeadlineExceeded]. A grace of 0 is no limit, a negative one no

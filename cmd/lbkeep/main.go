@@ -3,7 +3,7 @@
 // directory with lblisten.WithHandoff; the next one adopts their sockets. So a service of
 // one process can be stopped and then started without losing anything.
 //
-//	lbkeep [-for DURATION] [-log LEVEL] DIRECTORY
+//	lbkeep [-for duration] [-log level] DIRECTORY
 //	lbkeep -check DIRECTORY
 //
 // Run it as the user of the service, before the first of its processes or at any time
@@ -44,10 +44,10 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 	flags := flag.NewFlagSet("lbkeep", flag.ContinueOnError)
 	flags.SetOutput(errs)
 	flags.Usage = func() {
-		fmt.Fprintln(errs, "usage: lbkeep [-for DURATION] [-log LEVEL] DIRECTORY\n       lbkeep -check DIRECTORY")
+		fmt.Fprintln(errs, "usage: lbkeep [-for duration] [-log level] DIRECTORY\n       lbkeep -check DIRECTORY")
 		flags.PrintDefaults()
 	}
-	while := flags.Duration("for", 0, "how long an address without processes is kept, such as `10m`; 0 is for ever")
+	while := flags.Duration("for", 0, "for what `duration`, such as 10m, an address without processes is kept; 0 is for ever")
 	level := slog.LevelInfo
 	flags.TextVar(&level, "log", level, "the least `level` that is logged, to standard error: debug, info, warn or error")
 	check := flags.Bool("check", false, "print what is in the directory; exit with 1 if an address has sockets and no process")

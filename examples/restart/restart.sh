@@ -43,10 +43,11 @@ new=$!
 
 # The first server is ready when it listens. A later one also says that another
 # process would take over from it by handoff: then the two hold each other's sockets.
-want='^ready on '
-[ -z "$old" ] || want='^who takes over if this process dies: .*handoff'
+# Both are said by the line that a program logs by log.Print(g.Info()), too.
+want='^ready on |members [1-9]'
+[ -z "$old" ] || want='^who takes over if this process dies: .*handoff|on kill .*handoff'
 tries=10
-until grep -q "$want" "$log"; do
+until grep -Eq "$want" "$log"; do
 	tries=$((tries - 1))
 	if [ "$tries" -eq 0 ] || ! kill -0 "$new" 2>/dev/null; then
 		echo "restart.sh: the new server is not ready, the old one goes on; see $log" >&2
