@@ -310,15 +310,20 @@ func (p *pool) hear(from id, m parcel) (now []parcel, then []parcel) {
 		peer.synced = true
 	case frameAnswer:
 		if s != nil {
-			peer.short = m.flags&flagOK == 0
-		}
-		if s != nil && m.flags&flagOK == 0 {
-			delete(s.who, from)
-		} else if s != nil && s.who[from] == 0 {
-			s.who[from] = holds
+			p.hearHolds(from, s, m.flags&flagOK != 0)
 		}
 	}
 	return now, then
+}
+
+// hearHolds: a peer answers that it holds a socket, or refuses it.
+func (p *pool) hearHolds(from id, s *pooled, does bool) {
+	p.peers[from].short = !does
+	if !does {
+		delete(s.who, from)
+	} else if s.who[from] == 0 {
+		s.who[from] = holds
+	}
 }
 
 // hearOff: a peer doesn't listen on an address any more.
