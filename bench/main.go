@@ -2,7 +2,7 @@
 // and with other packages, all in one run on one machine, and writes the tables
 // and plots of docs/performance.
 //
-//	go -C bench run .                        # everything, some ten minutes
+//	go -C bench run .                        # everything, some 15 minutes
 //	go -C bench run . -only Stall            # one table, printed only
 //	go -C bench run . -quick -out DIR        # everything once, briefly
 //	go -C bench run . -only Live -against HEAD~1 -times 5   # two versions of the package, in turn
