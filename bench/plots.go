@@ -131,14 +131,26 @@ func ticks(format string, values ...float64) plot.ConstantTicks {
 	return t
 }
 
-// plotAccept draws the ratio to net.Listen as bars, the cheapest at the bottom.
 func plotAccept(t *Table, file string) error {
-	p := newPlot("CPU time of an Accept, net.Listen = 1", "")
+	return plotBars(t, 1, "CPU time of an Accept, net.Listen = 1", "%.2f", file)
+}
+
+func plotLive(t *Table, file string) error {
+	return plotBars(t, 1, "CPU time of a connection, net.Listen = 1", "%.2f", file)
+}
+
+func plotRestart(t *Table, file string) error {
+	return plotBars(t, 1, "Failed requests while one process is restarted 20 times", "%.0f", file)
+}
+
+// plotBars draws a column as bars, the least at the bottom.
+func plotBars(t *Table, column int, title, format, file string) error {
+	p := newPlot(title, "")
 	var names []string
 	var values []float64
 	for _, r := range t.Rows {
 		if r.Skipped == "" {
-			names, values = append(names, r.Name), append(values, r.Values[1])
+			names, values = append(names, r.Name), append(values, r.Values[column])
 		}
 	}
 	for i := range names { // few: the simplest sort, which moves both
@@ -159,13 +171,13 @@ func plotAccept(t *Table, file string) error {
 		bar.XMin = float64(i)
 		bar.LineStyle.Width = 0
 		bar.Color = grey
-		if strings.HasPrefix(names[i], "lblisten") {
+		if strings.HasPrefix(names[i], "lb") { // lblisten, lbhttp
 			bar.Color = ours
 		}
 		p.Add(bar)
 		most = max(most, v)
 		labels.XYs = append(labels.XYs, plotter.XY{X: v, Y: float64(i)})
-		labels.Labels = append(labels.Labels, fmt.Sprintf("%.2f", v))
+		labels.Labels = append(labels.Labels, fmt.Sprintf(format, v))
 	}
 	numbers, err := plotter.NewLabels(labels)
 	if err != nil {
@@ -254,6 +266,15 @@ func plotMembers(t *Table, file string) error {
 		plots = append(plots, p)
 	}
 	return save(file, 4*vg.Inch, plots...)
+}
+
+// plotProcesses has the time of Listen by the number of processes.
+func plotProcesses(t *Table, file string) error {
+	p, err := bySize("Listen in so many processes of a handoff at once", "processes", t.Series, t.Series, 2)
+	if err != nil {
+		return err
+	}
+	return save(file, 3.6*vg.Inch, p)
 }
 
 func plotGoroutines(t *Table, file string) error {

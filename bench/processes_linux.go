@@ -90,6 +90,14 @@ func measureProcesses(opt *options, t *Table) error {
 			return err
 		}
 	}
+	median, slowest := Series{Name: "median"}, Series{Name: "slowest"}
+	for i, n := range counts {
+		for column, s := range []*Series{&median, &slowest} {
+			s.X, s.Y = append(s.X, float64(n)), append(s.Y, t.Rows[i].Values[column]*1e6) // ns
+		}
+	}
+	t.Series = []Series{median, slowest}
+	t.Notes = append(t.Notes, fmt.Sprintf("The slowest Listen grows with the number of processes to the power of %.2f: each has a link to each other one.", exponent(slowest.X, slowest.Y)))
 	return nil
 }
 

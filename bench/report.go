@@ -276,9 +276,12 @@ var pictures = []struct {
 	draw                 func(*Table, string) error
 }{
 	{"AcceptInterleaved", "accept.svg", "What an accept costs", plotAccept},
+	{"Live", "live.svg", "What a whole connection costs", plotLive},
 	{"Stall", "stall.svg", "What happens to latency when one of four listeners stalls", plotStall},
 	{"Members", "members.svg", "Cost by number of members", plotMembers},
 	{"Goroutines", "goroutines.svg", "Cost by number of accepting goroutines", plotGoroutines},
+	{"Processes", "processes.svg", "Time of Listen by number of processes", plotProcesses},
+	{"Restart", "restart.svg", "Failed requests of restarts", plotRestart},
 }
 
 // write makes README.md, results.json and the plots.
