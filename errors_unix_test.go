@@ -35,6 +35,10 @@ func TestAddressInUseIsNets(t *testing.T) {
 			require.NoError(t, ln.Close())
 			continue // another family than the one that is in use
 		}
+		if !isAddrInUse(want) {
+			t.Logf("%v isn't tried: %v", c, want)
+			continue
+		}
 		for _, opt := range opts {
 			_, err := Listen(c[0], c[1], opt)
 			op, ok := err.(*net.OpError)
