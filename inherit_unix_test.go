@@ -23,6 +23,7 @@ func TestOneErrorReachesOneAccept(t *testing.T) {
 }
 
 func oneErrorWorker() {
+	retryAfter = time.Hour // then the socket is offered again, to another one
 	g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 12, WithRequireKernel())
 	must(err)
 	ls := g.Listeners()
