@@ -55,6 +55,7 @@ func TestAcceptSyscalls(t *testing.T) {
 			out, err := cmd.CombinedOutput()
 			require.NoError(t, err, "%s", out)
 			calls := callsBetweenMarks(t, trace)
+			delete(calls, "clock_gettime") // the runtime's; a system call where the clock can't be read without, as in emulators
 			t.Logf("for %d Accepts: %v", prefill, calls)
 			require.Equal(t, map[string]int{"accept4": prefill, "getsockname": prefill, "epoll_ctl": prefill, "setsockopt": c.setsockopt * prefill}, calls)
 		})

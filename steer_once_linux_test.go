@@ -98,6 +98,10 @@ func killedForBPFWorker() {
 	var said []string
 	for _, opt := range []Option{WithLB(), WithDispatcher(), WithSteering(SteerSource), WithSteering(SteerCPU), WithHandoff(filepath.Join(dir, "s"))} {
 		g, err := ListenGroup(context.Background(), "tcp", "127.0.0.1:0", 3, opt)
+		if errors.Is(err, ErrUnsupported) { // an older kernel
+			said = append(said, err.Error())
+			continue
+		}
 		check(err)
 		check(g.Listeners()[0].Close())
 		time.Sleep(limit(lookEvery + lookEvery/4))
